@@ -1,0 +1,81 @@
+"""Checks that read as a table. Every message names op, argument, what was wanted and what came."""
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FP8 = torch.float8_e4m3fn
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def fail(op: str, argument: str, wanted: str, got: object) -> ValueError:
+    """The error to raise: `raise fail(...)`."""
+    return ValueError(f"{op}: {argument}: wanted {wanted}, got {got}")
+
+
+def tensor(
+    op: str,
+    argument: str,
+    t: torch.Tensor | None,
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    shape: Sequence[int | None] | None = None,
+    device: torch.device | None = None,
+    last_contiguous: bool = False,
+    contiguous: bool = False,
+) -> None:
+    """Check one tensor; None (an optional argument that was left out) passes.
+
+    Args:
+        shape: one entry per dimension, None where any size will do.
+        last_contiguous: the last dimension must have stride 1 (where it has more than one element).
+    """
+    if t is None:
+        return
+    if dtype is not None:
+        dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+        if t.dtype not in dtypes:
+            raise TypeError(f"{op}: {argument}: wanted dtype {_names(dtypes)}, got {_names([t.dtype])}")
+    if shape is not None and (
+        t.dim() != len(shape) or any(w is not None and w != g for w, g in zip(shape, t.shape, strict=True))
+    ):
+        wanted = ", ".join("*" if w is None else str(w) for w in shape)
+        raise fail(op, argument, f"shape [{wanted}]", list(t.shape))
+    if device is not None and t.device != device:
+        raise fail(op, argument, f"device {device}", t.device)
+    if last_contiguous and t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise fail(op, argument, "stride 1 in the last dimension", f"strides {list(t.stride())}")
+    if contiguous and not t.is_contiguous():
+        raise fail(op, argument, "a contiguous tensor", f"strides {list(t.stride())}")
+
+
+def one_of(op: str, argument: str, value: object, choices: Sequence) -> None:
+    if value not in choices:
+        raise fail(op, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
+
+
+def at_least(op: str, argument: str, value: int, least: int) -> None:
+    if value < least:
+        raise fail(op, argument, f"at least {least}", value)
+
+
+def multiple(op: str, argument: str, value: int, of: int) -> None:
+    if value % of:
+        raise fail(op, argument, f"a multiple of {of}", value)
+
+
+def no_grad(op: str, **tensors: torch.Tensor | None) -> None:
+    """For ops that write into an argument: refuse inputs that autograd would have to follow."""
+    if torch.is_grad_enabled():
+        for name, t in tensors.items():
+            if t is not None and t.requires_grad:
+                raise RuntimeError(f"{op}: {name}: requires grad, and {op} has no backward; use torch.no_grad()")
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """`t` itself if its last dimension is contiguous, else a contiguous copy."""
+    return t if t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()

@@ -1,0 +1,241 @@
+"""The one torch.library.Library, and the path every call takes: check, plan, pick a backend, run it.
+
+An op file calls `register` once per schema. Call cost matters here (`Library.define` + `impl` costs 2 us a call,
+the `custom_op` decorator 16), so the path below does each step once and caches every choice.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ..plan.backend import BACKENDS, Choice, choose
+from . import _device, _extension
+
+NAMESPACE = "deepseek_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")  # module global: its finalizer would drop the ops
+
+OPERATORS: dict[str, "Operator"] = {}
+"""Every registered op by name, `name.overload` where it has one."""
+
+_forced: list[str | None] = [None]
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run the case."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One schema and everything that stands behind it. See `register`."""
+
+    name: str
+    schema: str
+    check: Callable
+    problem: Callable
+    plan: ModuleType
+    fake: Callable
+    reference: Callable
+    backends: Mapping[str, Callable]
+    differentiable: bool
+    defaults: tuple = field(repr=False)
+    keywords: tuple[str, ...] = field(repr=False)
+
+    @property
+    def packet(self):
+        return getattr(getattr(torch.ops, NAMESPACE), self.name.partition(".")[0])
+
+    @property
+    def overload(self):
+        return getattr(self.packet, self.name.partition(".")[2] or "default")
+
+    @property
+    def family(self) -> str:
+        """The plan, reference and kernel file this op lives in."""
+        return self.plan.__name__.rpartition(".")[2]
+
+    def fill(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+        """All arguments in schema order; the dispatcher leaves trailing defaults out."""
+        if len(args) == len(self.defaults):
+            return args
+        rest = self.defaults[len(args) :]
+        if not kwargs:
+            return args + rest
+        return args + tuple(
+            kwargs.get(k, d) for k, d in zip(self.keywords[len(args) :], rest, strict=True)
+        )
+
+    def choice(self, problem, device, forced: str | None) -> Choice:
+        env = _extension.environment()
+        reasons = {"reference": "", **self.plan.backends(problem, device, env)}
+        order = getattr(self.plan, "preference", lambda problem, device: BACKENDS)(problem, device)
+        return choose(self.name.partition(".")[0], device, reasons, forced=forced, order=order)
+
+    def __call__(self, *args, **kwargs):
+        args = self.fill(args, kwargs)
+        self.check(*args)
+        problem = self.problem(*args)
+        device = _device.of(args)
+        backend, config = _select(self.name, problem, _device.spec(device), _forced[-1], _extension.generation())
+        if backend == "reference":
+            return self.reference(*args)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.backends[backend](config, *args)
+        return self.backends[backend](config, *args)
+
+
+@functools.lru_cache(maxsize=8192)
+def _select(name: str, problem, device, forced: str | None, generation: int) -> tuple[str, Any]:
+    op = OPERATORS[name]
+    choice = op.choice(problem, device, forced)
+    if choice.backend is None:
+        able = [b for b in BACKENDS if not choice.reasons[b]]
+        raise BackendError(
+            f"{name}: backend {forced!r} was asked for and cannot run this case on {device.name}: "
+            f"{choice.reasons[forced]}. Able to: {', '.join(able)}. "
+            f"Choose one with deepseek_kernels.use_backend(...) or unset DEEPSEEK_KERNELS_BACKEND."
+        )
+    config = op.plan.select(problem, device, choice.backend) if hasattr(op.plan, "select") else None
+    if config is not None and os.environ.get("DEEPSEEK_KERNELS_PRINT_PLAN") == "1":
+        print(f"{name}: {problem} on {device.name}: {choice.backend} {config}")
+    return choice.backend, config
+
+
+def register(
+    schema: str,
+    *,
+    check: Callable,
+    problem: Callable,
+    plan: ModuleType,
+    fake: Callable,
+    reference: Callable,
+    backends: Mapping[str, Callable],
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    tags: tuple = (),
+) -> Operator:
+    """Define one op. Every callable takes all arguments of the schema, positionally, in its order.
+
+    Args:
+        schema: as torch.library wants it, without namespace.
+        check: raises ValueError or TypeError; looks at shapes, dtypes, devices and strides only.
+        problem: -> `plan.Problem`.
+        fake: -> outputs of the right shape, stride and dtype.
+        reference: -> outputs, plain torch, any device.
+        backends: backend -> function(config, *args) -> outputs.
+        backward, setup_context: as torch.library.register_autograd wants them. Without `backward` an input that
+            requires grad is accepted and the backward pass raises NotImplementedError.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=tags)
+    packet, _, overload = name.partition(".")
+    parsed = getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload or "default")._schema
+    arguments = parsed.arguments
+    op = Operator(
+        name, schema, check, problem, plan, fake, reference, backends, backward is not None,
+        tuple(a.default_value for a in arguments), tuple(a.name for a in arguments),
+    )  # fmt: skip
+    OPERATORS[name] = op
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, op.__call__, key)
+
+    def checked_fake(*args, **kwargs):
+        args = op.fill(args, kwargs)
+        check(*args)
+        return fake(*args)
+
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, checked_fake, lib=_library)
+    if not parsed.is_mutable:
+
+        def refuse(ctx, *grads):
+            raise NotImplementedError(f"{name}: has no backward; call it under torch.no_grad() or detach its inputs")
+
+        torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=_library)
+    if not overload:
+
+        def flop_formula(*args, out_val=None, **kwargs):
+            return plan.flops(problem(*op.fill(args, kwargs)))
+
+        register_flop_formula(op.packet, get_raw=True)(flop_formula)
+    return op
+
+
+def forced_backend() -> str | None:
+    """The backend asked for by `use_backend` or DEEPSEEK_KERNELS_BACKEND, if any."""
+    return _forced[-1]
+
+
+@contextmanager
+def use_backend(name: str | None):
+    """Run every op of this package on one backend inside the `with` block, or raise where it cannot.
+
+    Args:
+        name: "cuda", "triton", "cpu", "torch", "reference", or None for the automatic choice.
+
+    Holds for the whole process, so that a backward pass in another thread sees it too.
+    """
+    _forced.append(_valid(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _valid(name: str | None, where: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{where}: wanted one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced[0] = _valid(os.environ.get("DEEPSEEK_KERNELS_BACKEND") or None, "DEEPSEEK_KERNELS_BACKEND")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, and why nothing else would. `str()` gives a short table."""
+
+    op: str
+    device: str
+    problem: Any
+    backend: str | None
+    config: Any
+    reasons: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.backend or 'no backend'}", f"  problem {self.problem}"]
+        if self.config is not None:
+            lines.append(f"  config  {self.config}")
+        lines += [f"  not {b}: {why}" for b, why in self.reasons.items() if why and b != self.backend]
+        return "\n".join(lines)
+
+
+def explain(op: str, *args, **kwargs) -> Explanation:
+    """Which backend and configuration a call would use, and why not the others. Runs nothing.
+
+    Args:
+        op: name of the op, for example "mla_decode".
+        *args, **kwargs: what `torch.ops.deepseek_kernels.<op>` would be called with.
+    """
+    if op not in OPERATORS:
+        raise ValueError(f"explain: op: wanted one of {', '.join(sorted(OPERATORS))}, got {op!r}")
+    operator = OPERATORS[op]
+    unknown = set(kwargs) - set(operator.keywords)
+    if unknown:
+        raise TypeError(f"explain: {op} has no argument {', '.join(sorted(unknown))}")
+    args = operator.fill(args, kwargs)
+    operator.check(*args)
+    problem = operator.problem(*args)
+    device = _device.spec(_device.of(args))
+    choice = operator.choice(problem, device, _forced[-1])
+    config = None
+    if choice.backend is not None and hasattr(operator.plan, "select"):
+        config = operator.plan.select(problem, device, choice.backend)
+    return Explanation(op, device.name, problem, choice.backend, config, choice.reasons)
