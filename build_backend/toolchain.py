@@ -1,4 +1,4 @@
-"""Which compilers build the extension, and for which GPUs. Standard library only: PEP 517 hooks import it."""
+"""Which compilers build the extension, and for which GPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from setuptools.errors import SetupError
 
 # nvcc's parts are released on their own: all of them are pinned, or ptxas meets PTX newer than itself.
 CUDA_WHEELS = [
@@ -23,7 +25,7 @@ DEFAULT_ARCHS = "80;90a;100"
 MODES = ("auto", "system", "wheel", "off")
 
 
-class BuildError(RuntimeError):
+class BuildError(SetupError):
     """Something is missing from the build environment; the message holds the remedy."""
 
 
@@ -120,8 +122,8 @@ def inspect_nvcc(path: Path) -> Nvcc:
     version = (int(match[1]), int(match[2]))
     if version < MINIMUM_NVCC:
         raise BuildError(
-            f"{path} is CUDA {version[0]}.{version[1]}, but {MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer is needed; set "
-            "CUDA_HOME to a newer toolkit, DEEPSEEK_KERNELS_CUDA=wheel to fetch one, or DEEPSEEK_KERNELS_CUDA=off"
+            f"{path} is CUDA {version[0]}.{version[1]}, but {MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer is needed; "
+            "set CUDA_HOME to a newer toolkit, DEEPSEEK_KERNELS_CUDA=wheel to fetch one, or DEEPSEEK_KERNELS_CUDA=off"
         )
     # `nvcc` may be a script anywhere; a dry run tells where the toolkit is, even for a file that does not exist.
     top = re.search(r"^#\$ TOP=(.+)$", _output(path, "--dryrun", "-c", "none.cu"), re.MULTILINE)
@@ -148,7 +150,9 @@ def trim_archs(wanted: list[str], known: set[int], compiler: str) -> list[str]:
     kept = [arch for arch in wanted if _number(arch) in known]
     dropped = [f"sm_{arch}" for arch in wanted if arch not in kept]
     if not kept:
-        raise BuildError(f"{compiler} knows none of {', '.join(dropped)}; change DEEPSEEK_KERNELS_ARCHS or the compiler")
+        raise BuildError(
+            f"{compiler} knows none of {', '.join(dropped)}; change DEEPSEEK_KERNELS_ARCHS or the compiler"
+        )
     if dropped:
         say(f"{compiler} does not know {', '.join(dropped)}: built without")
     return kept

@@ -1,0 +1,35 @@
+# Every target sets itself up: a fresh machine needs python3 (3.10 or newer), make and a C++ compiler.
+PYTHON ?= python3
+PYTEST_ARGS ?= -q -n 2
+BIN := .venv/bin
+INSTALLED := .venv/installed.stamp
+BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in constraints.txt \
+	$(shell find build_backend csrc -type f -not -name '*.pyc' -not -name '.*')
+CXX_FILES = find csrc tests/hopper_model -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp'
+
+.PHONY: install test demo lint gpu
+install: $(INSTALLED)
+
+# torch comes first and pinned: left to the resolver, another release of it may be several gigabytes more.
+# Where torch brings a Triton of its own, that one stays.
+$(INSTALLED): $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q $$(grep '^triton==' constraints.txt)
+	$(BIN)/python -m pip install -q -e ".[test,bench,transformers,lint]"
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest --dist loadgroup $(PYTEST_ARGS)
+
+demo: install
+	$(BIN)/python examples/deepseek_v3_layer.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(CXX_FILES) | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+gpu: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh
