@@ -67,9 +67,7 @@ class Operator:
         rest = self.defaults[len(args) :]
         if not kwargs:
             return args + rest
-        return args + tuple(
-            kwargs.get(k, d) for k, d in zip(self.keywords[len(args) :], rest, strict=True)
-        )
+        return args + tuple(kwargs.get(k, d) for k, d in zip(self.keywords[len(args) :], rest, strict=True))
 
     def choice(self, problem, device, forced: str | None) -> Choice:
         env = _extension.environment()

@@ -1,0 +1,265 @@
+"""What every op is held to from the day it is registered, driven by the registry and the samples of each op."""
+
+import functools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import deepseek_kernels
+from deepseek_kernels.ops import _registry
+from deepseek_kernels.testing import samples as sampling
+from deepseek_kernels.testing.compare import EXACT, GRADIENT, assert_close, assert_same_bits
+from deepseek_kernels.testing.guard import guarded_allocations
+
+OPERATORS = _registry.OPERATORS
+
+
+@functools.cache
+def sample(op: str, index: int) -> sampling.Sample:
+    return sampling.samples(OPERATORS[op])[index]
+
+
+def _runnable(op, s: sampling.Sample, backend: str) -> bool:
+    with deepseek_kernels.use_backend(backend):
+        return deepseek_kernels.explain(op.name, *s.args, **s.kwargs).backend is not None
+
+
+def _cases():
+    for op in OPERATORS.values():
+        for i, s in enumerate(sampling.samples(op)):
+            for backend in ("reference", *op.backends):
+                if backend != "cuda" and _runnable(op, s, backend):
+                    yield pytest.param(op.name, i, backend, "cpu", id=f"{op.name}-{s.name}-{backend}")
+                if backend != "cpu":
+                    mark = pytest.mark.gpu
+                    yield pytest.param(op.name, i, backend, "cuda", id=f"{op.name}-{s.name}-{backend}-gpu", marks=mark)
+
+
+def _bad_cases():
+    for op in OPERATORS.values():
+        for i, b in enumerate(sampling.bad(op)):
+            yield pytest.param(op.name, i, id=f"{op.name}-{b.name}")
+
+
+def _each(make=None):
+    return pytest.mark.parametrize("name", [n for n in OPERATORS if make is None or make(OPERATORS[n])])
+
+
+def outputs(result) -> tuple:
+    return () if result is None else result if isinstance(result, tuple) else (result,)
+
+
+def tolerances(s: sampling.Sample, count: int) -> tuple:
+    return s.tolerance if isinstance(s.tolerance, tuple) else (s.tolerance,) * count
+
+
+def clone(s: sampling.Sample) -> sampling.Sample:
+    """A copy with the strides of the original."""
+
+    def copy(v):
+        if not isinstance(v, torch.Tensor):
+            return v
+        new = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+        new.copy_(v)
+        return new
+
+    return sampling.replace(s, args=tuple(map(copy, s.args)), kwargs={k: copy(v) for k, v in s.kwargs.items()})
+
+
+def named(op, s: sampling.Sample) -> dict:
+    return dict(zip(op.keywords, op.fill(s.args, s.kwargs), strict=True))
+
+
+def with_arguments(op, s: sampling.Sample, **new) -> sampling.Sample:
+    values = named(op, s) | new
+    return sampling.replace(s, args=tuple(values[k] for k in op.keywords), kwargs={})
+
+
+def call(op, s: sampling.Sample):
+    """(outputs, values of the mutated arguments) with undefined parts masked."""
+    filled = op.fill(s.args, s.kwargs)
+    keyword_only = [a.name for a in op.overload._schema.arguments if a.kwarg_only]
+    positional = len(filled) - len(keyword_only)
+    out = outputs(op.overload(*filled[:positional], **dict(zip(keyword_only, filled[positional:], strict=True))))
+    values = dict(zip(op.keywords, filled, strict=True))
+    everything = out + tuple(values[m] for m in s.mutated)
+    return s.defined(*everything) if s.defined else everything
+
+
+@pytest.mark.parametrize(("name", "index", "backend", "device"), list(_cases()))
+def test_sample(name, index, backend, device):
+    """Right values, nothing outside its memory, inputs untouched, the same bits twice, any strides, fake as real."""
+    op = OPERATORS[name]
+    original = sample(name, index).to(device)
+    with torch.no_grad(), deepseek_kernels.use_backend("reference"):
+        expected = call(op, clone(original))
+    with torch.no_grad(), deepseek_kernels.use_backend(backend):
+        s = clone(original)
+        with guarded_allocations():
+            first = call(op, s)
+        for key, before in named(op, original).items():
+            if isinstance(before, torch.Tensor) and key not in s.mutated:
+                assert_same_bits(named(op, s)[key], before, f"input {key} after the call")
+        for i, (a, e, t) in enumerate(zip(first, expected, tolerances(s, len(expected)), strict=True)):
+            assert a.dtype == e.dtype, f"output {i}: dtype {a.dtype}, reference {e.dtype}"
+            assert_close(a, e, EXACT if backend == "reference" else t, f"output {i}")
+
+        for i, (a, b) in enumerate(zip(first, call(op, clone(original)), strict=True)):
+            assert_same_bits(b, a, f"output {i} of a second call")
+
+        for key in s.any_strides:
+            t = named(op, original)[key]
+            permuted = t.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+            spread = torch.stack([t, t], -1)[..., 0] if t.dtype.itemsize > 1 else permuted
+            for other in (permuted, spread):
+                again = call(op, with_arguments(op, clone(original), **{key: other}))
+                for i, (a, b) in enumerate(zip(first, again, strict=True)):
+                    assert_same_bits(b, a, f"output {i} with {key} of strides {other.stride()}")
+
+        real = outputs(op.overload(*clone(original).args, **clone(original).kwargs))
+    with FakeTensorMode() as mode:
+        fake_args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in original.args]
+        fake_kwargs = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in original.kwargs.items()}
+        fake = outputs(op.overload(*fake_args, **fake_kwargs))
+    for i, (r, f) in enumerate(zip(real, fake, strict=True)):
+        kind = (r.shape, r.stride(), r.dtype, r.device.type)
+        assert (f.shape, f.stride(), f.dtype, f.device.type) == kind, f"output {i}: fake differs from real {kind}"
+
+
+def _grad_cases():
+    for case in _cases():
+        name, index, backend, device = case.values
+        if sample(name, index).grad:
+            yield case
+
+
+@pytest.mark.parametrize(("name", "index", "backend", "device"), list(_grad_cases()))
+def test_gradient(name, index, backend, device):
+    """Every gradient, by name, against the reference path in float64 (itself checked by test_gradcheck)."""
+    op = OPERATORS[name]
+    s = sample(name, index).to(device)
+
+    def gradients(s, backend, cotangents=None):
+        values = named(op, s)
+        leaves = {k: values[k].detach().clone().requires_grad_() for k in s.grad}
+        with deepseek_kernels.use_backend(backend):
+            out = outputs(op.overload(*with_arguments(op, s, **leaves).args))
+            out = [o for o in out if o.requires_grad]
+            g = torch.Generator().manual_seed(1)
+            cotangents = cotangents or [torch.randn(o.shape, generator=g).to(o.device, o.dtype) for o in out]
+            given.extend(cotangents)
+            return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangents), strict=True))
+
+    given: list[torch.Tensor] = []
+    actual = gradients(s, backend)
+    double = with_arguments(op, s, **{k: named(op, s)[k].double() for k in s.grad})
+    expected = gradients(double, "reference", [c.double() for c in given])
+    for key in s.grad:
+        assert actual[key].dtype == named(op, s)[key].dtype
+        assert_close(actual[key], expected[key], GRADIENT, f"gradient of {key}")
+
+
+@_each(lambda op: op.differentiable)
+def test_gradcheck(name):
+    op = OPERATORS[name]
+    checked = 0
+    for s in sampling.samples(op):
+        if not s.grad:
+            continue
+        values = {k: named(op, s)[k].double().requires_grad_() for k in s.grad}
+        keys = list(values)
+
+        def function(*leaves, s=s, keys=keys):
+            out = outputs(op.overload(*with_arguments(op, s, **dict(zip(keys, leaves, strict=True))).args))
+            return tuple(o for o in out if o.requires_grad)
+
+        with deepseek_kernels.use_backend("reference"):
+            assert torch.autograd.gradcheck(function, tuple(values.values()), fast_mode=True, nondet_tol=0.0)
+        checked += 1
+    assert checked, f"{name} is differentiable and no sample names its gradients"
+
+
+@_each(lambda op: not op.differentiable and not op.overload._schema.is_mutable)
+def test_refuses_backward(name):
+    op = OPERATORS[name]
+    for s in sampling.samples(op):
+        values = named(op, s)
+        key = next((k for k, v in values.items() if isinstance(v, torch.Tensor) and v.dtype in STANDARD), None)
+        if key is None:
+            continue
+        leaf = values[key].detach().clone().requires_grad_()
+        out = [o for o in outputs(op.overload(*with_arguments(op, s, **{key: leaf}).args)) if o.requires_grad]
+        if not out:
+            return
+        with pytest.raises(NotImplementedError, match=name.partition(".")[0]):
+            out[0].float().sum().backward()
+        return
+
+
+STANDARD = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize(("name", "index"), list(_bad_cases()))
+def test_bad_input(name, index):
+    op = OPERATORS[name]
+    b = sampling.bad(op)[index]
+    assert name.partition(".")[0] in b.match or ":" in b.match
+    with pytest.raises(b.error, match=b.match):
+        op.overload(*b.args, **b.kwargs)
+
+
+@_each()
+def test_opcheck(name):
+    op = OPERATORS[name]
+    for s in sampling.samples(op):
+        s = clone(s)
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        if s is not None and any(getattr(v, "dtype", None) == torch.float8_e4m3fn for v in named(op, s).values()):
+            tests.remove("test_schema")  # its comparison does not know float8; test_sample checks the inputs' bytes
+        torch.library.opcheck(op.overload, s.args, s.kwargs, test_utils=tests)
+    first = clone(sampling.samples(op)[0])
+    torch.library.opcheck(op.overload, first.args, first.kwargs, test_utils="test_aot_dispatch_dynamic")
+
+
+@_each()
+def test_compiles_to_one_graph(name):
+    op = OPERATORS[name]
+    s = sampling.samples(op)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args, **kwargs: op.overload(*args, **kwargs), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        a, b = clone(s), clone(s)
+        for got, want in zip(
+            outputs(compiled(*a.args, **a.kwargs)), outputs(op.overload(*b.args, **b.kwargs)), strict=True
+        ):
+            assert_same_bits(got, want)
+
+
+@_each()
+def test_has_triton_case_and_bad_input(name):
+    op = OPERATORS[name]
+    assert sampling.bad(op), f"{name} has no bad samples"
+    assert "triton" in op.backends, f"{name} has no Triton kernel"
+    assert any(_runnable(op, s, "triton") for s in sampling.samples(op)), f"{name}: no sample runs on Triton"
+
+
+@_each()
+def test_plan_counts(name):
+    op = OPERATORS[name]
+    for s in sampling.samples(op):
+        problem = op.problem(*op.fill(s.args, s.kwargs))
+        assert op.plan.flops(problem) >= 0 and op.plan.bytes(problem) >= 0
+        hash(problem)
+
+
+@_each()
+def test_flop_formula(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    op = OPERATORS[name]
+    s = clone(sampling.samples(op)[0])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        op.overload(*s.args, **s.kwargs)
+    if not name.partition(".")[2]:
+        assert counter.get_total_flops() == op.plan.flops(op.problem(*op.fill(s.args, s.kwargs)))

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. A launcher takes a plan's config and tensors; it chooses nothing."""

@@ -1,0 +1,49 @@
+"""Device functions that several kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def e4m3_encode(x, NATIVE: tl.constexpr):
+    """fp32 -> e4m3 as uint8: round to nearest even, saturate at 448, NaN stays NaN.
+
+    NATIVE uses the conversion instruction (sm_89 and newer); otherwise integer arithmetic gives the same bits.
+    """
+    if NATIVE:
+        return (
+            tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        )
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    clamped = tl.minimum(magnitude, 0x43E00000)  # 448
+    normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (120 << 3)
+    # below 2^-6 the step is 2^-9, which is fp32's own step at 2^14: the addition rounds
+    small = (clamped.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(clamped < 0x3C800000, small, normal)
+    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+    return (code | sign).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_decode(bits):
+    """e4m3 as uint8 -> fp32, exact, by integer arithmetic (for sm_80, which has no e4m3)."""
+    b = bits.to(tl.int32)
+    sign = (b & 0x80) << 24
+    magnitude = b & 0x7F
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    small = magnitude.to(tl.float32) * 0.001953125  # 2^-9
+    value = tl.where(magnitude < 8, small, normal)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fp8_scale(amax, is_nan, POW2: tl.constexpr):
+    """max(amax, 1e-4) / 448, rounded up to a power of two if POW2; NaN where the block holds one."""
+    scale = tl.div_rn(tl.maximum(amax, 1e-4), tl.full(amax.shape, 448.0, tl.float32))
+    if POW2:
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(is_nan, float("nan"), scale)
