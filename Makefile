@@ -19,8 +19,9 @@ $(INSTALLED): $(BUILD_INPUTS)
 	$(BIN)/python -m pip install -q -e ".[test,bench,transformers,lint]"
 	touch $@
 
+# A file's tests stay in one worker, which builds what they share once.
 test: install
-	$(BIN)/python -m pytest --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --dist loadfile $(PYTEST_ARGS)
 
 demo: install
 	$(BIN)/python examples/deepseek_v3_layer.py

@@ -138,7 +138,7 @@ def _stable_names(folder: Path, cxx: str, nvcc: Nvcc | None) -> None:
     links = {"pybind11": Path(pybind11.get_include())}
     versions = [f"pybind11 {pybind11.__version__}", subprocess.getoutput(f"{shlex.quote(cxx)} --version")]
     if nvcc:
-        links |= {"nvcc-bin": nvcc.path.parent.resolve(), "cuda-include": nvcc.include}
+        links |= {"nvcc-bin": nvcc.path.parent.resolve(), "cuda-include": nvcc.include or folder / "links" / "none"}
         versions += [nvcc.banner]
     (folder / "links").mkdir(exist_ok=True)
     for name, target in links.items():

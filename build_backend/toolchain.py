@@ -37,7 +37,7 @@ def say(message: str) -> None:
 class Nvcc:
     path: Path
     version: tuple[int, int]
-    include: Path
+    include: Path | None  # None where the host compiler finds the CUDA headers by itself
     banner: str  # what `nvcc --version` prints
 
 
@@ -128,7 +128,9 @@ def inspect_nvcc(path: Path) -> Nvcc:
     # `nvcc` may be a script anywhere; a dry run tells where the toolkit is, even for a file that does not exist.
     top = re.search(r"^#\$ TOP=(.+)$", _output(path, "--dryrun", "-c", "none.cu"), re.MULTILINE)
     root = Path(top[1].strip()) if top else path.parent.parent
-    return Nvcc(path, version, (root / "include").resolve(), banner)
+    folders = [folder.resolve() for folder in (root / "include", *root.glob("targets/*/include"))]
+    include = next((folder for folder in folders if (folder / "cuda_runtime_api.h").is_file()), None)
+    return Nvcc(path, version, None if include == Path("/usr/include") else include, banner)
 
 
 def known_archs(nvcc: Path) -> set[int]:

@@ -28,11 +28,7 @@ try:
 finally:
     sys.path.pop(0)
 
-# One worker builds; the others go on with other tests.
-pytestmark = [
-    pytest.mark.xdist_group("build"),
-    pytest.mark.skipif(sys.platform != "linux", reason="builds are checked on Linux"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="builds are checked on Linux")
 
 
 def fake_tool(path: Path, script: str = "exit 0") -> Path:
@@ -230,6 +226,9 @@ def sdist(tmp_path_factory):
 def wheel(sdist, tmp_path_factory):
     """Built from the sdist, isolated, in an empty environment, with nvcc from pinned wheels."""
     folder = tmp_path_factory.mktemp("wheel")
+    earlier = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/deepseek_kernels"
+    (sdist[1] / earlier).mkdir(parents=True)
+    (sdist[1] / earlier / "removed_since.py").touch()
     keep = {
         name: value
         for name, value in os.environ.items()
@@ -310,6 +309,7 @@ def test_wheel_owns_one_top_level_name(wheel):
         names = archive.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"deepseek_kernels"}
     assert "deepseek_kernels/triton_kernels/__init__.py" in names
+    assert "deepseek_kernels/removed_since.py" not in names
     assert {"deepseek_kernels/py.typed", "deepseek_kernels/_C.pyi"} <= set(names)
 
 
