@@ -36,13 +36,10 @@ def tensor(
     """
     if t is None:
         return
-    if dtype is not None:
+    if dtype is not None and t.dtype is not dtype and (isinstance(dtype, torch.dtype) or t.dtype not in dtype):
         dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
-        if t.dtype not in dtypes:
-            raise TypeError(f"{op}: {argument}: wanted dtype {_names(dtypes)}, got {_names([t.dtype])}")
-    if shape is not None and (
-        t.dim() != len(shape) or any(w is not None and w != g for w, g in zip(shape, t.shape, strict=True))
-    ):
+        raise TypeError(f"{op}: {argument}: wanted dtype {_names(dtypes)}, got {_names([t.dtype])}")
+    if shape is not None and not _fits(t.shape, shape):
         wanted = ", ".join("*" if w is None else str(w) for w in shape)
         raise fail(op, argument, f"shape [{wanted}]", list(t.shape))
     if device is not None and t.device != device:
@@ -51,6 +48,15 @@ def tensor(
         raise fail(op, argument, "stride 1 in the last dimension", f"strides {list(t.stride())}")
     if contiguous and not t.is_contiguous():
         raise fail(op, argument, "a contiguous tensor", f"strides {list(t.stride())}")
+
+
+def _fits(shape: torch.Size, wanted: Sequence[int | None]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for got, want in zip(shape, wanted):  # noqa: B905, SIM110 (equal lengths; runs on every call)
+        if want is not None and got != want:
+            return False
+    return True
 
 
 def one_of(op: str, argument: str, value: object, choices: Sequence) -> None:

@@ -10,6 +10,9 @@ from . import _checks as checks
 from ._maps import MoeMaps
 from ._registry import register
 
+_QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
+_MOVABLE = (*checks.FLOATS, checks.FP8)
+
 
 def moe_permute(
     x: torch.Tensor, maps: MoeMaps, scale: torch.Tensor | None = None, *, quantize: bool = False
@@ -58,23 +61,22 @@ def moe_unpermute(y: torch.Tensor, maps: MoeMaps, weights: torch.Tensor | None =
     return torch.ops.deepseek_kernels.moe_unpermute(y, maps.token_topk_to_pos, maps.pos_to_token_topk, weights)
 
 
-def _check_maps(op: str, rows: torch.Tensor, token_topk_to_pos: torch.Tensor, pos_to_token_topk: torch.Tensor) -> None:
+def _check_maps(op: str, device, token_topk_to_pos, num_tokens, pos_to_token_topk, num_rows) -> None:
     checks.tensor(
         op, "token_topk_to_pos", token_topk_to_pos,
-        dtype=torch.int32, shape=(None, None), device=rows.device, contiguous=True,
+        dtype=torch.int32, shape=(num_tokens, None), device=device, contiguous=True,
     )  # fmt: skip
     checks.tensor(
         op, "pos_to_token_topk", pos_to_token_topk,
-        dtype=torch.int32, shape=(None,), device=rows.device, contiguous=True,
+        dtype=torch.int32, shape=(num_rows,), device=device, contiguous=True,
     )  # fmt: skip
 
 
 def _check_permute(x, token_topk_to_pos, pos_to_token_topk, scale, quantize) -> None:
     op = "moe_permute"
-    dtypes = checks.FLOATS[:3] if quantize else (*checks.FLOATS, checks.FP8)
+    dtypes = _QUANTIZABLE if quantize else _MOVABLE
     checks.tensor(op, "x", x, dtype=dtypes, shape=(None, None))
-    _check_maps(op, x, token_topk_to_pos, pos_to_token_topk)
-    checks.tensor(op, "token_topk_to_pos", token_topk_to_pos, shape=(x.shape[0], None))
+    _check_maps(op, x.device, token_topk_to_pos, x.shape[0], pos_to_token_topk, None)
     checks.tensor(op, "scale", scale, dtype=torch.float32, shape=(x.shape[0], None), device=x.device)
     if quantize and scale is not None:
         raise checks.fail(op, "scale", "None when quantize is set", list(scale.shape))
@@ -136,8 +138,7 @@ def _permute_context(ctx, inputs, output) -> None:
 def _check_unpermute(y, token_topk_to_pos, pos_to_token_topk, weights) -> None:
     op = "moe_unpermute"
     checks.tensor(op, "y", y, dtype=checks.FLOATS, shape=(None, None))
-    _check_maps(op, y, token_topk_to_pos, pos_to_token_topk)
-    checks.tensor(op, "pos_to_token_topk", pos_to_token_topk, shape=(y.shape[0],))
+    _check_maps(op, y.device, token_topk_to_pos, None, pos_to_token_topk, y.shape[0])
     checks.tensor(
         op, "weights", weights,
         dtype=(torch.float32, torch.float64), shape=token_topk_to_pos.shape, device=y.device,
