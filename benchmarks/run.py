@@ -1,0 +1,105 @@
+"""Time the ops against what a user would otherwise run.
+
+    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--compile] [--out FILE.jsonl]
+
+The exit code is 1 if any of our results was wrong or could not be made.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import Bench, Case, environment, run_case, write
+
+COLUMNS = (
+    "provider",
+    "p20 us",
+    "p50 us",
+    "p80 us",
+    "GB/s",
+    "TFLOP/s",
+    "% roof",
+    "host us",
+    "rel error",
+    "ratio to peers",
+)
+
+
+def benches(families: list[str] | None) -> dict[str, list[Bench]]:
+    """Family -> its benches, from every bench_<family>.py."""
+    folder = Path(__file__).parent
+    found = sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
+    unknown = set(families or ()) - set(found)
+    if unknown:
+        raise SystemExit(f"no bench for {', '.join(sorted(unknown))}; there are {', '.join(found)}")
+    return {name: importlib.import_module(f"bench_{name}").BENCHES for name in families or found}
+
+
+def row(record: dict) -> tuple[str, ...]:
+    if record["status"] != "ok":
+        return (record["provider"], record["status"].upper(), record["reason"])
+    t = record["time_us"]
+    return (
+        record["provider"],
+        *(f"{t[q]:.1f}" for q in ("p20", "p50", "p80")),
+        f"{record['gb_s']:.1f}",
+        f"{record['tflop_s']:.3f}",
+        f"{record['percent_of_roof']:.0f}",
+        "-" if record["host_us"] is None else f"{record['host_us']:.1f}",
+        f"{record['relative_error']:.1e}",
+        ", ".join(f"{ratio:.2f}x {peer}" for peer, ratio in record.get("ratio", {}).items()),
+    )
+
+
+def show(bench: Bench, case: Case, records: list[dict]) -> None:
+    dims = ", ".join(f"{k}={v}" for k, v in case.dims.items())
+    print(f"\n{bench.label} {case.name} ({dims})")
+    rows = [COLUMNS, *map(row, records)]
+    widths = [max(len(r[i]) for r in rows if len(r) == len(COLUMNS)) for i in range(len(COLUMNS))]
+    for r in rows:
+        if len(r) == len(COLUMNS):
+            print(
+                "  " + "  ".join(f"{c:<{w}}" if i in (0, 9) else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths)))
+            )
+        else:
+            print(f"  {r[0]:<{widths[0]}}  {r[1]}  {r[2]}")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--op", nargs="+", metavar="NAME", help="families, as in bench_<NAME>.py; all of them if left out"
+    )
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="the small cases only, few samples")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager peer")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one line per provider and case")
+    options = parser.parse_args()
+
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    about = environment(device)
+    print(f"{about['device_name']}, {about['versions']}, commit {about['commit']}")
+    start, failures = time.perf_counter(), 0
+    for family in benches(options.op).values():
+        for bench in family:
+            for case in bench.cases:
+                if (options.quick and not case.quick) or device.type not in case.devices:
+                    continue
+                if options.case and case.name not in options.case:
+                    continue
+                records = run_case(bench, case, device, quick=options.quick, compiled=options.compile)
+                failures += sum(bool(r["backend"]) and r["status"] != "ok" for r in records)
+                show(bench, case, records)
+                if options.out:
+                    write(options.out, [record | about for record in records])
+    print(f"\n{time.perf_counter() - start:.0f} s, {failures} of our results wrong or missing")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
