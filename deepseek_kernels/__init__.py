@@ -7,7 +7,11 @@ and no host synchronisation. Importing this package needs no GPU, no Triton and 
 from . import ops  # noqa: F401  (registers the ops)
 from .ops._maps import MoeMaps
 from .ops._registry import BackendError, Explanation, explain, use_backend
+from .ops.merge_states import merge_states
+from .ops.mla_cache_write import mla_cache_write, mla_rope
+from .ops.mla_decode import mla_decode
 from .ops.moe_permute import moe_permute, moe_unpermute
+from .ops.moe_sort import moe_sort
 
 __version__ = "0.1.0"
 
@@ -16,7 +20,12 @@ __all__ = [
     "Explanation",
     "MoeMaps",
     "explain",
+    "merge_states",
+    "mla_cache_write",
+    "mla_decode",
+    "mla_rope",
     "moe_permute",
+    "moe_sort",
     "moe_unpermute",
     "use_backend",
 ]
