@@ -23,6 +23,9 @@ FP8_MAX = 448.0
 FP8_AMAX_FLOOR = 1e-4
 """Smallest amax a scale is computed from, so that an all-zero block has a finite, non-zero scale."""
 
+FP8_CACHE_ROW = 656
+"""Bytes of one latent cache row in FP8: 512 e4m3 | 4 fp32 scales, one per 128 | 64 bf16 rope (FlashMLA's layout)."""
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)

@@ -1,0 +1,88 @@
+"""`merge_states`: attention over two disjoint sets of keys, from the results over each."""
+
+import torch
+
+from ..plan import merge_states as plan
+from ..reference import merge_states as reference
+from . import _checks as checks
+from ._registry import register
+
+
+def merge_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two attention results over disjoint keys: the softmax over both is their mean weighted by exp(lse).
+
+    Args:
+        out_a, out_b: [b, s_q, h_q, d_v] bf16, fp16, fp32 or fp64, of one dtype; any strides.
+        lse_a, lse_b: fp32 (fp64 with fp64) [b, h_q, s_q], natural log-sum-exp of the scaled scores.
+
+    Returns:
+        out in out_a's dtype, and lse like lse_a. An empty side (lse -inf) is ignored, whatever its out holds; where
+        both are empty out is 0 and lse -inf. A side with lse +inf takes all; two such sides count the same.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Differentiable in all four (with weight 0 for a side whose lse is infinite). Attention sinks belong into one side only, or after the merge.
+    """
+    return torch.ops.deepseek_kernels.merge_states(out_a, lse_a, out_b, lse_b)
+
+
+def _check(out_a, lse_a, out_b, lse_b) -> None:
+    op = "merge_states"
+    checks.tensor(op, "out_a", out_a, dtype=checks.FLOATS, shape=(None,) * 4)
+    b, s_q, h_q, d_v = out_a.shape
+    checks.tensor(op, "out_b", out_b, dtype=out_a.dtype, shape=(b, s_q, h_q, d_v), device=out_a.device)
+    lse_dtype = torch.float64 if out_a.dtype == torch.float64 else torch.float32
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        checks.tensor(op, name, lse, dtype=lse_dtype, shape=(b, h_q, s_q), device=out_a.device)
+
+
+def _problem(out_a, lse_a, out_b, lse_b) -> plan.Problem:
+    b, s_q, h_q, d_v = out_a.shape
+    return plan.Problem(b * s_q * h_q, d_v, out_a.element_size(), str(out_a.dtype).removeprefix("torch."))
+
+
+def _fake(out_a, lse_a, out_b, lse_b):
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx, grad_out, grad_lse):
+    out_a, lse_a, out_b, lse_b, lse = ctx.saved_tensors
+    grad_out = grad_out.to(lse.dtype)
+    weight_a, weight_b = _weight(lse_a, lse), _weight(lse_b, lse)
+    both = weight_a * weight_b
+    difference = torch.where(_as_out(both) == 0, 0, out_a.to(lse.dtype) - out_b.to(lse.dtype))
+    moved = both * (grad_out * difference).sum(-1).transpose(1, 2)
+    return (
+        (_as_out(weight_a) * grad_out).to(out_a.dtype),
+        weight_a * grad_lse + moved,
+        (_as_out(weight_b) * grad_out).to(out_b.dtype),
+        weight_b * grad_lse - moved,
+    )
+
+
+def _weight(lse_side: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    return torch.where(lse_side.isinf(), 0, (lse_side - lse).exp())  # an infinite lse has no gradient
+
+
+def _as_out(weight: torch.Tensor) -> torch.Tensor:
+    return weight.transpose(1, 2)[..., None]
+
+
+register(
+    "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    check=_check,
+    problem=_problem,
+    plan=plan,
+    fake=_fake,
+    reference=reference.merge_states,
+    backends={},
+    backward=_backward,
+    setup_context=_context,
+)

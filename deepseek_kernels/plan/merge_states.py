@@ -1,0 +1,53 @@
+"""Plan of `merge_states`: it reads two results and writes one."""
+
+from dataclasses import dataclass
+
+from ..device import DeviceSpec
+from .backend import Environment, triton_reason
+
+
+@dataclass(frozen=True)
+class Problem:
+    num_rows: int  # b * s_q * h_q
+    d_v: int
+    element_bytes: int = 2
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Config:
+    """`rows`: (sequence, query, head) rows one program merges."""
+
+    rows: int
+    num_warps: int
+
+
+def flops(p: Problem) -> int:
+    """Two products and a sum per element."""
+    return 3 * p.num_rows * p.d_v
+
+
+def bytes(p: Problem) -> int:
+    return 3 * p.num_rows * (p.d_v * p.element_bytes + 4)
+
+
+def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
+    float64 = "float64 runs on the reference only" if p.dtype == "float64" else ""
+    return {"triton": float64 or triton_reason(device, env)}
+
+
+def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+    return [Config(1, 1), Config(4, 4), Config(8, 8)]
+
+
+def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
+    """Waves of programs, each as long as the rows of one warp; ties go to fewer, larger programs."""
+    resident = device.num_sms * (64 // c.num_warps)
+    return -(-p.num_rows // (c.rows * resident)) * c.rows / c.num_warps
+
+
+def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
+    """Only the Triton kernel has a choice of tile."""
+    if backend != "triton":
+        return None
+    return min(candidates(p, device), key=lambda c: (cost(c, p, device), c.rows))

@@ -1,0 +1,69 @@
+"""Plan of `mla_cache_write` and `mla_rope`: both read a row and write a row, so bytes are all that counts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..device import DeviceSpec
+from .backend import Environment, triton_reason
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`num_rows`: tokens (write), or tokens times heads (rope), which has no latent."""
+
+    kind: Literal["write", "rope"]
+    num_rows: int
+    d_latent: int
+    d_rope: int
+    element_bytes: int
+    cache_row_bytes: int = 0
+    norm: bool = False
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Config:
+    """`rows`: rows one program handles."""
+
+    rows: int
+    num_warps: int
+    native_fp8: bool
+
+
+def flops(p: Problem) -> int:
+    """Four products and two sums a rotated pair; the square, the sum and two products of the norm."""
+    return p.num_rows * (3 * p.d_rope + (4 * p.d_latent if p.norm else 0))
+
+
+def bytes(p: Problem) -> int:
+    """Each row read and written once, its position, slot and row of cos_sin."""
+    row = (p.d_latent + p.d_rope) * p.element_bytes
+    if p.kind == "rope":
+        return 2 * p.num_rows * row
+    return p.num_rows * (row + p.cache_row_bytes + 4 * p.d_rope + 16)
+
+
+def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
+    float64 = "float64 runs on the reference only" if p.dtype == "float64" else ""
+    return {"triton": float64 or triton_reason(device, env)}
+
+
+def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+    """A warp for each row of a latent, for every 16 rows of rope alone."""
+    native = device.arch >= 89
+    per_warp = 1 if p.kind == "write" else 16
+    return [Config(per_warp * warps, warps, native) for warps in (1, 2, 4, 8)]
+
+
+def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
+    """Waves of programs, and what starting a program costs, in the time one warp takes for its rows."""
+    resident = device.num_sms * min(32, 64 // c.num_warps)
+    programs = -(-p.num_rows // c.rows)
+    return -(-programs // resident) * (1 + 0.25 / c.num_warps)
+
+
+def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
+    """Only the Triton kernel has a choice of tile."""
+    if backend != "triton":
+        return None
+    return min(candidates(p, device), key=lambda c: (cost(c, p, device), c.rows))
