@@ -30,7 +30,7 @@ rule cxx
   description = c++ $in
 rule nvcc
   command = $nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 $
-    || { cat $out.log; exit 1; }; grep -i warning $out.log || true
+    || { grep -vE 'ptxas info|bytes stack frame' $out.log; exit 1; }; grep -i warning $out.log || true
   depfile = $out.d
   deps = gcc
   description = nvcc $in $archs
