@@ -43,6 +43,8 @@ def fp8_quantize(
     return q, scale
 
 
-def fp8_dequantize(q: torch.Tensor, scale: torch.Tensor, granularity: str = "1x128") -> torch.Tensor:
+def fp8_dequantize(
+    q: torch.Tensor, scale: torch.Tensor, granularity: str = "1x128", out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """See `deepseek_kernels.fp8_dequantize`."""
-    return q.float() * expand_scale(scale, *q.shape, granularity)
+    return (q.float() * expand_scale(scale, *q.shape, granularity)).to(out_dtype or torch.float32)
