@@ -105,7 +105,7 @@ def _place(
 def sort(
     config, indices, expert_begin, alignment, counts, token_topk_to_pos, pos_to_token_topk, expert_offsets
 ) -> None:
-    """The maps of indices [T, K] (contiguous); counts int32 [programs, local experts] is scratch, None for one program."""
+    """The maps of indices [T, K], contiguous; `counts` int32 [programs, local experts] only for several programs."""
     num_entries, num_rows = indices.numel(), pos_to_token_topk.shape[0]
     num_local = expert_offsets.shape[0] - 1
     share = triton.cdiv(triton.cdiv(num_entries, config.chunk), config.programs) * config.chunk
