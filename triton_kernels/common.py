@@ -47,3 +47,25 @@ def fp8_scale(amax, is_nan, POW2: tl.constexpr):
         bits = scale.to(tl.int32, bitcast=True)
         scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(is_nan, float("nan"), scale)
+
+
+@triton.jit
+def merge_weights(lse_a, lse_b):
+    """(weight of a, weight of b, lse of both) of two attention results over disjoint keys.
+
+    A side with lse -inf has weight 0, one with +inf takes all; both -inf: weights 0, lse -inf.
+    """
+    top = tl.maximum(lse_a, lse_b)
+    mass_a = tl.where(lse_a == top, 1.0, tl.exp(lse_a - top))  # never inf - inf
+    mass_b = tl.where(lse_b == top, 1.0, tl.exp(lse_b - top))
+    total = mass_a + mass_b
+    empty = top == float("-inf")
+    weight_a = tl.where(empty, 0.0, mass_a / total)
+    weight_b = tl.where(empty, 0.0, mass_b / total)
+    return weight_a, weight_b, top + tl.log(total)
+
+
+@triton.jit
+def weighted(weight, x):
+    """weight * x, 0 where weight is 0 whatever x holds."""
+    return tl.where(weight == 0.0, 0.0, weight * x)

@@ -4,6 +4,7 @@ import torch
 
 from ..plan import merge_states as plan
 from ..reference import merge_states as reference
+from . import _allocate
 from . import _checks as checks
 from ._registry import register
 
@@ -24,7 +25,8 @@ def merge_states(
     Raises:
         ValueError, TypeError: naming the argument.
 
-    Differentiable in all four (with weight 0 for a side whose lse is infinite). Attention sinks belong into one side only, or after the merge.
+    Differentiable in all four; a side whose lse is infinite has no gradient. Attention sinks belong into one side
+    only, or after the merge.
     """
     return torch.ops.deepseek_kernels.merge_states(out_a, lse_a, out_b, lse_b)
 
@@ -46,6 +48,18 @@ def _problem(out_a, lse_a, out_b, lse_b) -> plan.Problem:
 
 def _fake(out_a, lse_a, out_b, lse_b):
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _triton(config, out_a, lse_a, out_b, lse_b):
+    from ..triton_kernels import merge_states as kernel
+
+    out = _allocate.empty(out_a.shape, out_a.dtype, out_a.device)
+    lse = _allocate.empty(lse_a.shape, lse_a.dtype, lse_a.device)
+    if out.numel():
+        kernel.merge(config, out_a.contiguous(), lse_a.contiguous(), out_b.contiguous(), lse_b.contiguous(), out, lse)
+    elif lse.numel():
+        lse = reference.merge_states(out_a, lse_a, out_b, lse_b)[1]
+    return out, lse
 
 
 def _context(ctx, inputs, output) -> None:
@@ -82,7 +96,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.merge_states,
-    backends={},
+    backends={"triton": _triton},
     backward=_backward,
     setup_context=_context,
 )

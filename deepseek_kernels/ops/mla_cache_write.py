@@ -4,8 +4,8 @@ import torch
 
 from ..plan import mla_cache_write as plan
 from ..reference import mla_cache_write as reference
+from . import _allocate, _latent_cache
 from . import _checks as checks
-from . import _latent_cache
 from ._registry import register
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -31,7 +31,7 @@ def mla_cache_write(
         c_kv: [T, d_latent] bf16, fp16 or fp32; any strides. Normalised in fp32 and rounded once, to the cache's dtype.
         k_rope: [T, d_rope], likewise.
         norm_weight: [d_latent] bf16, fp16 or fp32; None writes the latent as it is.
-        cos_sin: fp32 [max_positions, d_rope]: cosines in the first half of a row, sines in the second.
+        cos_sin: fp32 [max_positions, d_rope], contiguous: cosines in the first half of a row, sines in the second.
         positions: int32 or int64 [T], rows of cos_sin. Values out of range are clamped.
         kv_cache: [pages, page_size, d_latent + d_rope] bf16, fp16 or fp32; or uint8 [pages, page_size, 656] for
             d_latent 512 and d_rope 64: 512 e4m3 | 4 fp32 scales, max(amax, 1e-4) / 448 of each 128 | 64 bf16 rope.
@@ -79,9 +79,7 @@ def mla_rope(
 
 def _check_rotation(op: str, num_tokens: int, d_rope: int, cos_sin, positions, device) -> None:
     checks.multiple(op, "d_rope", d_rope, 2)
-    checks.tensor(
-        op, "cos_sin", cos_sin, dtype=torch.float32, shape=(None, d_rope), device=device, last_contiguous=True
-    )
+    checks.tensor(op, "cos_sin", cos_sin, dtype=torch.float32, shape=(None, d_rope), device=device, contiguous=True)
     checks.at_least(op, "cos_sin: max_positions", cos_sin.shape[0], 1)
     checks.tensor(op, "positions", positions, dtype=_INTEGERS, shape=(num_tokens,), device=device)
 
@@ -90,8 +88,10 @@ def _check_write(c_kv, k_rope, norm_weight, cos_sin, positions, kv_cache, slots,
     op = "mla_cache_write"
     checks.tensor(op, "c_kv", c_kv, dtype=checks.FLOATS[:3], shape=(None, None))
     num_tokens, d_latent = c_kv.shape
+    checks.at_least(op, "c_kv: d_latent", d_latent, 1)
     checks.tensor(op, "k_rope", k_rope, dtype=checks.FLOATS[:3], shape=(num_tokens, None), device=c_kv.device)
     d_rope = k_rope.shape[1]
+    checks.at_least(op, "k_rope: d_rope", d_rope, 2)
     checks.tensor(op, "norm_weight", norm_weight, dtype=checks.FLOATS[:3], shape=(d_latent,), device=c_kv.device)
     _check_rotation(op, num_tokens, d_rope, cos_sin, positions, c_kv.device)
     _latent_cache.check(op, kv_cache, d_latent, d_rope, c_kv.device)
@@ -111,6 +111,18 @@ def _write_fake(*args) -> None:
     return None
 
 
+def _write_triton(config, c_kv, k_rope, norm_weight, cos_sin, positions, kv_cache, slots, eps, interleaved) -> None:
+    from ..triton_kernels import mla_cache_write as kernel
+
+    if slots.shape[0] == 0 or kv_cache.shape[0] == 0:
+        return
+    norm_weight = norm_weight.contiguous() if norm_weight is not None else None
+    kernel.write(
+        config, checks.rows(c_kv), checks.rows(k_rope), norm_weight, cos_sin, positions.contiguous(), kv_cache,
+        slots.contiguous(), eps, interleaved,
+    )  # fmt: skip
+
+
 def _check_rope(x, cos_sin, positions, interleaved, inverse) -> None:
     checks.tensor("mla_rope", "x", x, dtype=checks.FLOATS, shape=(None, None, None))
     _check_rotation("mla_rope", x.shape[0], x.shape[2], cos_sin, positions, x.device)
@@ -125,6 +137,15 @@ def _rope_problem(x, cos_sin, positions, interleaved, inverse) -> plan.Problem:
 
 def _rope_fake(x, cos_sin, positions, interleaved, inverse):
     return x.new_empty(x.shape)
+
+
+def _rope_triton(config, x, cos_sin, positions, interleaved, inverse):
+    from ..triton_kernels import mla_cache_write as kernel
+
+    out = _allocate.empty(x.shape, x.dtype, x.device)
+    if out.numel():
+        kernel.rope(config, checks.rows(x), cos_sin, positions.contiguous(), interleaved, inverse, out)
+    return out
 
 
 def _rope_context(ctx, inputs, output) -> None:
@@ -146,7 +167,7 @@ register(
     plan=plan,
     fake=_write_fake,
     reference=reference.mla_cache_write,
-    backends={},
+    backends={"triton": _write_triton},
 )
 register(
     "mla_rope(Tensor x, Tensor cos_sin, Tensor positions, bool interleaved=True, bool inverse=False) -> Tensor",
@@ -155,7 +176,7 @@ register(
     plan=plan,
     fake=_rope_fake,
     reference=reference.mla_rope,
-    backends={},
+    backends={"triton": _rope_triton},
     backward=_rope_backward,
     setup_context=_rope_context,
 )

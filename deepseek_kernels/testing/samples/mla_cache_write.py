@@ -51,7 +51,6 @@ def write(g: torch.Generator) -> list[Sample]:
         case("no_slots", 3, 16, 8, slots=[-1, -1, 20]),
         case("no_tokens", 0, 16, 8),
         case("no_pages", 2, 16, 8, pages=0, slots=[0, -1]),
-        case("no_latent", 2, 0, 8, norm=False),
     ]  # fmt: skip
 
 
