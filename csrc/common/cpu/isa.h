@@ -1,0 +1,52 @@
+// Instruction sets of the CPU kernels. Every csrc/<op>/cpu.cpp is compiled once for each, with DSK_ISA naming the
+// namespace its kernels go into; the set is chosen once, at the first call.
+//
+// In such a file: nothing from the standard library that is a template (the linker may keep the AVX-512 copy for
+// everybody), no static with a constructor (it would run at load), tables constexpr.
+#pragma once
+
+namespace deepseek_kernels {
+
+enum class Isa { kBase, kAvx2, kAvx512 };
+
+// The best this processor and operating system offer, or DEEPSEEK_KERNELS_CPU_ISA (base, avx2, avx512). Throws Error if
+// that names an unknown set, or one that the processor lacks.
+Isa cpu_isa();
+const char* name(Isa isa);
+
+// True in a process forked from one that had this module: OpenMP's threads did not come along, so kernels run serially.
+extern bool cpu_forked;
+
+}  // namespace deepseek_kernels
+
+// Declares `void function(const Params&, int threads)` for every instruction set and function_cpu, which picks one.
+#if defined(__x86_64__)
+#define DSK_CPU_KERNEL(function, Params)                          \
+  namespace base {                                                \
+  void function(const Params& params, int threads);               \
+  }                                                               \
+  namespace avx2 {                                                \
+  void function(const Params& params, int threads);               \
+  }                                                               \
+  namespace avx512 {                                              \
+  void function(const Params& params, int threads);               \
+  }                                                               \
+  inline void function##_cpu(const Params& params, int threads) { \
+    switch (cpu_isa()) {                                          \
+      case Isa::kAvx512:                                          \
+        return avx512::function(params, threads);                 \
+      case Isa::kAvx2:                                            \
+        return avx2::function(params, threads);                   \
+      default:                                                    \
+        return base::function(params, threads);                   \
+    }                                                             \
+  }
+#else
+#define DSK_CPU_KERNEL(function, Params)                          \
+  namespace base {                                                \
+  void function(const Params& params, int threads);               \
+  }                                                               \
+  inline void function##_cpu(const Params& params, int threads) { \
+    base::function(params, threads);                              \
+  }
+#endif
