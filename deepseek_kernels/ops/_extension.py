@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from ..plan.backend import Environment
+from ..plan.backend import LIBRARY_MATMULS, Environment
 
 _generation = 0
 _substitute = None
@@ -66,7 +66,8 @@ def environment() -> Environment:
     extension, error = (_substitute, "") if _substitute is not None else _load()
     ops = frozenset(extension.ops) if extension else frozenset()
     archs = frozenset(map(_arch, extension.architectures)) if extension else frozenset()
-    return Environment(triton, interpret, ops, archs, _substitute is not None, error)
+    functions = frozenset(f for f in LIBRARY_MATMULS if hasattr(torch.nn.functional, f))
+    return Environment(triton, interpret, ops, archs, _substitute is not None, error, functions)
 
 
 def stream(tensor: torch.Tensor) -> int:
@@ -76,3 +77,11 @@ def stream(tensor: torch.Tensor) -> int:
 
 def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+_CODES = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """What the extension calls `dtype`."""
+    return getattr(module(), _CODES[dtype])

@@ -14,6 +14,9 @@ A compiled kernel outside this table runs only when it is asked for by name.
 
 TRITON_MIN_ARCH = 80
 
+LIBRARY_MATMULS = ("grouped_mm", "scaled_mm")
+"""Functions that a "torch" backend may hand over to; newer than the oldest torch we support."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -25,6 +28,7 @@ class Environment:
     extension_archs: frozenset[int] = frozenset()
     on_model: bool = False  # the compiled kernels are a software model that takes CPU tensors
     extension_error: str = ""
+    torch_functions: frozenset[str] = frozenset()  # what torch.nn.functional has of LIBRARY_MATMULS
 
 
 @dataclass(frozen=True)

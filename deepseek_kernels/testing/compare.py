@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-STEP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+STEP = {
+    torch.float64: 2.0**-52,
+    torch.float32: 2.0**-23,
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-7,
+    torch.float8_e4m3fn: 2.0**-3,
+}
 """Relative distance of neighbouring values."""
 
 
@@ -33,6 +39,8 @@ MATMUL = Tolerance(steps=2, of_norm=1e-3, distance=1e-5)
 """A matmul with fp32 accumulation against the exact product of the same operands."""
 ATTENTION = Tolerance(steps=2.01, absolute=8e-4, distance=5e-6)
 """`mla_decode` output in bf16."""
+FP8_STEP = Tolerance(steps=1, absolute=2.0**-9)
+"""e4m3 codes of values that agree to fp32 rounding: at most neighbours."""
 LSE = Tolerance(steps=8.01 * 2**7, absolute=1e-6)
 """fp32 log-sum-exp: 8.01 / 65536 relative."""
 GRADIENT = Tolerance(steps=4, of_norm=2e-3, distance=1e-5)

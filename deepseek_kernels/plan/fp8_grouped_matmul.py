@@ -1,0 +1,115 @@
+"""Plan of `fp8_grouped_matmul`: the tiles of `grouped_matmul`, one FP8 block deep."""
+
+from dataclasses import dataclass, replace
+
+from ..device import DeviceSpec
+from ..shapes import BLOCK, ceil_div
+from . import grouped_matmul as grouped
+from .backend import Environment, triton_reason
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`num_rows` is the upper bound that the host knows."""
+
+    num_rows: int
+    n: int
+    k: int
+    num_experts: int
+    out_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Config:
+    """As `grouped_matmul`'s, with block_k = 128. Without `native_fp8` the operands become bf16 in registers."""
+
+    block_m: int
+    block_n: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    native_fp8: bool
+    num_programs: int = 0
+
+
+def _unscaled(p: Problem) -> grouped.Problem:
+    return grouped.Problem("forward", p.num_rows, p.n, p.k, p.num_experts, "float8_e4m3fn", p.out_dtype)
+
+
+def _tile(c: Config) -> grouped.Config:
+    return grouped.Config(c.block_m, c.block_n, BLOCK, c.group_m, c.num_warps, c.num_stages, c.num_programs)
+
+
+def flops(p: Problem) -> int:
+    return grouped.flops(_unscaled(p))
+
+
+def bytes(p: Problem) -> int:
+    """Rows, weights of the experts that can have rows, both with their scales, and the result: each once."""
+    blocks = ceil_div(p.k, BLOCK)
+    weight_scales = min(p.num_experts, p.num_rows) * ceil_div(p.n, BLOCK) * blocks
+    return grouped.bytes(_unscaled(p)) + 4 * (p.num_rows * blocks + weight_scales)
+
+
+def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
+    if p.num_experts > grouped.MAX_EXPERTS:
+        return {"triton": f"needs at most {grouped.MAX_EXPERTS} experts, got {p.num_experts}"}
+    return {"triton": triton_reason(device, env)}
+
+
+TILES = (
+    # block_m, block_n, warps, stages; block_n divides 128, so that a tile has one weight scale a step
+    (16, 64, 4, 4),
+    (16, 128, 4, 4),
+    (32, 64, 4, 4),
+    (32, 128, 4, 4),
+    (64, 64, 4, 4),
+    (64, 128, 4, 4),
+    (128, 64, 4, 4),
+    (128, 128, 8, 3),
+    (128, 128, 8, 4),
+)
+CPU_CONFIG = Config(16, 32, 2, 4, 1, False, 3)
+"""Small, so that the interpreter meets several tiles and programs on small shapes."""
+
+
+def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+    if device.kind == "cpu":
+        return [CPU_CONFIG]
+    native = device.arch >= 89
+    configs = [Config(m, n, 8, warps, stages, native) for m, n, warps, stages in TILES]
+    return [replace(c, num_programs=device.num_sms * resident(c, p, device)) for c in configs]
+
+
+def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
+    """Programs that fit on one SM; every step is accumulated apart and then scaled, so accumulators count twice."""
+    registers = 32 * c.num_warps * min(3 * grouped.accumulators(_tile(c), _unscaled(p)) + 64, 255)
+    return max(1, min(device.shared_memory // shared_memory(c, p), 65536 // registers, 4))
+
+
+def shared_memory(c: Config, p: Problem) -> int:
+    """Bytes of the operand tiles in flight; without `native_fp8` one step's bf16 operands come on top."""
+    widened = 0 if c.native_fp8 else 2 * (c.block_m + c.block_n) * BLOCK
+    return grouped.shared_memory(_tile(c), _unscaled(p)) + widened
+
+
+def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
+    if device.kind == "cpu":
+        return ""
+    if shared_memory(c, p) > device.shared_memory:
+        return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
+    if grouped.accumulators(_tile(c), _unscaled(p)) > 64:
+        return "two sets of more than 64 accumulators a thread leave no room for the rest"
+    return ""
+
+
+def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
+    """Seconds, as for `grouped_matmul`."""
+    return grouped.cost(_tile(c), _unscaled(p), device)
+
+
+def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
+    if backend != "triton":
+        return None
+    legal = [c for c in candidates(p, device) if not is_legal(c, p, device)]
+    return min(legal, key=lambda c: (cost(c, p, device), c.block_m, c.block_n, c.num_stages))

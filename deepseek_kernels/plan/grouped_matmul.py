@@ -1,0 +1,192 @@
+"""Plan of `grouped_matmul` and `grouped_matmul_wgrad`: tiles for rows whose counts only the device knows."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..device import DeviceSpec
+from ..shapes import ceil_div
+from .backend import BACKENDS, Environment, triton_reason
+
+ELEMENT_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+RATES = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+MAX_EXPERTS = 4096
+"""The kernel holds one counter per expert in registers."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`num_rows` is the upper bound that the host knows."""
+
+    kind: Literal["forward", "wgrad"]
+    num_rows: int
+    n: int
+    k: int
+    num_experts: int
+    dtype: str = "bfloat16"
+    out_dtype: str = "bfloat16"
+
+    @property
+    def busy_experts(self) -> int:
+        """At most so many experts have rows."""
+        return min(self.num_experts, self.num_rows)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One tile: `forward` block_m rows by block_n columns in steps of block_k; `wgrad` block_n by block_k in steps of
+    block_m rows. `group_m` row tiles walk the columns together; `num_programs` stay resident and share the tiles."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    num_programs: int = 0
+
+
+def flops(p: Problem) -> int:
+    """Multiply-adds count two; as if every row had an expert."""
+    return 2 * p.num_rows * p.n * p.k
+
+
+def bytes(p: Problem) -> int:
+    """Rows once, weights of the experts that can have rows once, the result once. wgrad writes every expert."""
+    element, out = ELEMENT_BYTES[p.dtype], ELEMENT_BYTES[p.out_dtype]
+    offsets = 4 * (p.num_experts + 1)
+    if p.kind == "wgrad":
+        return p.num_rows * (p.n + p.k) * element + p.num_experts * p.n * p.k * out + offsets
+    return p.num_rows * p.k * element + p.busy_experts * p.n * p.k * element + p.num_rows * p.n * out + offsets
+
+
+def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
+    return {"triton": _triton(p, device, env), "torch": _torch(p, device, env)}
+
+
+def _triton(p: Problem, device: DeviceSpec, env: Environment) -> str:
+    if p.dtype == "float64":
+        return "float64 runs on the reference only"
+    if p.num_experts > MAX_EXPERTS:
+        return f"needs at most {MAX_EXPERTS} experts, got {p.num_experts}"
+    return triton_reason(device, env)
+
+
+def _torch(p: Problem, device: DeviceSpec, env: Environment) -> str:
+    """torch.nn.functional.grouped_mm: off its fast path it loops over experts on the host, which synchronises."""
+    if "grouped_mm" not in env.torch_functions:
+        return "needs torch.nn.functional.grouped_mm (torch 2.10 or newer)"
+    if p.dtype == "float64":
+        return "float64 runs on the reference only"
+    if p.out_dtype != p.dtype:
+        return "grouped_mm writes the dtype it reads"
+    if (p.n | p.k) * ELEMENT_BYTES[p.dtype] % 16:
+        return "grouped_mm needs rows of n and of k elements to be whole 16 bytes"
+    if device.kind == "cpu":
+        return ""
+    if device.arch not in (90, 100) or p.dtype != "bfloat16":
+        return "grouped_mm synchronises with the host except in bf16 on compute capability 9.0 and 10.0"
+    if p.num_experts >= 1023:
+        return f"grouped_mm needs fewer than 1023 experts, got {p.num_experts}"
+    return ""
+
+
+def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
+    """On a GPU grouped_mm costs extra launches for rows without an expert, and is not yet measured to pay."""
+    return BACKENDS
+
+
+TILES = (
+    # block_m, block_n, block_k, warps, stages
+    (16, 64, 128, 4, 4),
+    (16, 128, 128, 4, 4),
+    (32, 64, 128, 4, 4),
+    (32, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 256, 64, 8, 3),
+    (128, 64, 64, 4, 4),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 256, 64, 8, 3),
+)
+TILES_FP32 = ((16, 64, 32, 4, 3), (32, 64, 32, 4, 3), (64, 64, 32, 4, 3), (128, 64, 32, 8, 3))
+TILES_WGRAD = (
+    (32, 64, 64, 4, 4),
+    (64, 64, 128, 4, 3),
+    (64, 128, 128, 8, 3),
+    (64, 128, 128, 8, 4),
+    (64, 128, 256, 8, 3),
+)
+TILES_WGRAD_FP32 = ((32, 64, 64, 4, 2), (32, 64, 64, 4, 3))
+CPU_CONFIG = Config(16, 32, 32, 2, 4, 1, 3)
+"""Small, so that the interpreter meets several tiles, steps and programs on small shapes."""
+
+
+def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+    if device.kind == "cpu":
+        return [CPU_CONFIG]
+    fp32 = p.dtype == "float32"
+    if p.kind == "wgrad":
+        tiles = TILES_WGRAD_FP32 if fp32 else TILES_WGRAD
+    else:
+        tiles = TILES_FP32 if fp32 else TILES
+    configs = [Config(m, n, k, 8, warps, stages) for m, n, k, warps, stages in tiles]
+    return [replace(c, num_programs=device.num_sms * resident(c, p, device)) for c in configs]
+
+
+def shared_memory(c: Config, p: Problem) -> int:
+    """Bytes of the operand tiles in flight."""
+    per_stage = (c.block_m + c.block_n) * c.block_k if p.kind == "forward" else c.block_m * (c.block_n + c.block_k)
+    return c.num_stages * per_stage * ELEMENT_BYTES[p.dtype]
+
+
+def accumulators(c: Config, p: Problem) -> int:
+    """fp32 registers that one thread accumulates in."""
+    return (c.block_m if p.kind == "forward" else c.block_k) * c.block_n // (32 * c.num_warps)
+
+
+def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
+    """Programs that fit on one SM: by shared memory, and by registers at twice the accumulators and 64 besides."""
+    registers = 32 * c.num_warps * min(2 * accumulators(c, p) + 64, 255)
+    return max(1, min(device.shared_memory // shared_memory(c, p), 65536 // registers, 4))
+
+
+def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
+    if device.kind == "cpu":
+        return ""
+    if shared_memory(c, p) > device.shared_memory:
+        return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
+    if accumulators(c, p) > 128:
+        return f"needs {accumulators(c, p)} accumulators a thread, 128 leave room for the rest"
+    return ""
+
+
+def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
+    """Seconds, if every busy expert had the average number of rows.
+
+    Waves of resident programs, each as long as its tile's matmul or its tile's loads from L2, whichever is longer. A
+    tensor core below 64 rows runs at about half its rate.
+    """
+    element = ELEMENT_BYTES[p.dtype]
+    rows = ceil_div(p.num_rows, max(p.busy_experts, 1))
+    if p.kind == "wgrad":
+        tiles = p.num_experts * ceil_div(p.n, c.block_n) * ceil_div(p.k, c.block_k)
+        depth = ceil_div(ceil_div(p.num_rows, max(p.num_experts, 1)), c.block_m) * c.block_m
+        height, width = c.block_n, c.block_k
+    else:
+        tiles = p.busy_experts * ceil_div(rows, c.block_m) * ceil_div(p.n, c.block_n)
+        depth = ceil_div(p.k, c.block_k) * c.block_k
+        height, width = c.block_m, c.block_n
+    share = max(c.num_programs // device.num_sms, 1)
+    rate = device.rate(RATES[p.dtype]) / device.num_sms / share * (1.0 if height >= 64 else 0.5)
+    l2 = 1.5 * device.bandwidth / device.num_sms / share
+    tile = max(2 * height * width * depth / rate, (height + width) * depth * element / l2)
+    return ceil_div(tiles, c.num_programs) * tile
+
+
+def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
+    """Only the Triton kernel has a choice of tile."""
+    if backend != "triton":
+        return None
+    legal = [c for c in candidates(p, device) if not is_legal(c, p, device)]
+    return min(legal, key=lambda c: (cost(c, p, device), c.block_m, c.block_n, c.num_stages))
