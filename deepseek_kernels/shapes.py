@@ -17,6 +17,9 @@ from dataclasses import dataclass
 BLOCK = 128
 """Elements that share one FP8 scale along each blocked dimension."""
 
+GRANULARITIES = {"1x128": (1, BLOCK), "128x128": (BLOCK, BLOCK), "128x1": (BLOCK, 1)}
+"""Scale granularity -> (rows, columns) that share one FP8 scale."""
+
 FP8_MAX = 448.0
 """Largest finite e4m3fn value."""
 

@@ -2,10 +2,7 @@
 
 import torch
 
-from ..shapes import BLOCK, FP8_AMAX_FLOOR, FP8_MAX, align_up, ceil_div
-
-GRANULARITIES = {"1x128": (1, BLOCK), "128x128": (BLOCK, BLOCK), "128x1": (BLOCK, 1)}
-"""granularity -> (rows, columns) that share one scale."""
+from ..shapes import FP8_AMAX_FLOOR, FP8_MAX, GRANULARITIES, align_up, ceil_div
 
 
 def round_up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,10 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def as_bytes(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().contiguous().flatten().view(torch.uint8) if t.numel() else torch.empty(0, dtype=torch.uint8)
+    if t.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    # a clone, because a dimension of size 1 may have any stride in a "contiguous" tensor
+    return t.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "tensor") -> None:

@@ -1,0 +1,163 @@
+"""`fp8_quantize` and `fp8_dequantize`: block-scaled e4m3, and back."""
+
+import torch
+
+from ..plan import fp8_quantize as plan
+from ..reference import fp8_quantize as reference
+from ..shapes import GRANULARITIES, align_up
+from . import _allocate, _extension
+from . import _checks as checks
+from ._registry import register
+
+_WIDE = (torch.bfloat16, torch.float16, torch.float32)
+_LAYOUTS = ("row", "mn_major")
+
+
+def fp8_quantize(
+    x: torch.Tensor, granularity: str = "1x128", *, pow2_scale: bool = False, scale_layout: str = "row"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise to e4m3 with one scale per block: `scale = max(amax, 1e-4) / 448`, `q = saturate(x / scale)`.
+
+    Args:
+        x: [m, k] bf16, fp16 or fp32, any strides (a copy is made unless the last dimension is contiguous). With 1x128
+            and row scales also [..., k].
+        granularity: "1x128" (activations), "128x128" (weights) or "128x1" (activations for the weight gradient).
+            Blocks at the edges may be partial.
+        pow2_scale: round each scale up to a power of two.
+        scale_layout: "row" gives contiguous scales; "mn_major" scales of strides (1, align(rows, 4)), the layout that
+            block-scaled matmuls on Hopper read.
+
+    Returns:
+        q e4m3 of x's shape, contiguous; scale fp32 [ceil(m/rows), ceil(k/columns)] by which q is multiplied to
+        dequantise.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    A NaN makes its block's scale and values NaN. An infinity makes the scale infinite, finite values 0 and infinite
+    ones NaN. Not differentiable. Semantics of DeepGEMM's per_token_cast_to_fp8 and per_block_cast_to_fp8, but with a
+    true division and saturation.
+    """
+    if x.dim() > 2 and granularity == "1x128" and scale_layout == "row":
+        q, scale = torch.ops.deepseek_kernels.fp8_quantize(x.flatten(0, -2), granularity, pow2_scale, scale_layout)
+        return q.view(x.shape), scale.view(*x.shape[:-1], scale.shape[-1])
+    return torch.ops.deepseek_kernels.fp8_quantize(x, granularity, pow2_scale, scale_layout)
+
+
+def fp8_dequantize(
+    q: torch.Tensor, scale: torch.Tensor, granularity: str = "1x128", *, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Multiply each e4m3 value by the scale of its block, in fp32.
+
+    Args:
+        q: [m, k] e4m3, any strides.
+        scale: fp32 [ceil(m/rows), ceil(k/columns)], any strides.
+        granularity: rows x columns that share a scale: "1x128", "128x128" or "128x1".
+        out_dtype: bf16, fp16 or fp32 (None).
+
+    Returns:
+        [m, k] of out_dtype, contiguous.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Not differentiable.
+    """
+    return torch.ops.deepseek_kernels.fp8_dequantize(q, scale, granularity, out_dtype)
+
+
+def _check_quantize(x, granularity, pow2_scale, scale_layout) -> None:
+    checks.tensor("fp8_quantize", "x", x, dtype=_WIDE, shape=(None, None))
+    checks.one_of("fp8_quantize", "granularity", granularity, tuple(GRANULARITIES))
+    checks.one_of("fp8_quantize", "scale_layout", scale_layout, _LAYOUTS)
+
+
+def _quantize_problem(x, granularity, pow2_scale, scale_layout) -> plan.Problem:
+    return plan.Problem("quantize", *x.shape, granularity, x.element_size())
+
+
+def _quantize_outputs(empty, x, granularity, scale_layout):
+    """(q, scale) made by `empty(shape, dtype, device)`."""
+    scale_m, scale_k = plan.scale_shape(*x.shape, granularity)
+    q = empty(x.shape, checks.FP8, x.device)
+    if scale_layout == "row":
+        return q, empty((scale_m, scale_k), torch.float32, x.device)
+    return q, empty((scale_k, align_up(scale_m, 4)), torch.float32, x.device).t()[:scale_m]
+
+
+def _quantize_fake(x, granularity, pow2_scale, scale_layout):
+    def empty(shape, dtype, device):
+        return x.new_empty(shape, dtype=dtype)
+
+    return _quantize_outputs(empty, x, granularity, scale_layout)
+
+
+def _quantize_triton(config, x, granularity, pow2_scale, scale_layout):
+    from ..triton_kernels import fp8_quantize as kernel
+
+    q, scale = _quantize_outputs(_allocate.empty, x, granularity, scale_layout)
+    if q.numel():
+        kernel.quantize(config, *GRANULARITIES[granularity], pow2_scale, checks.rows(x), q, scale)
+    return q, scale
+
+
+def _quantize_cuda(config, x, granularity, pow2_scale, scale_layout):
+    q, scale = _quantize_outputs(_allocate.empty, x, granularity, scale_layout)
+    if q.numel() == 0:
+        return q, scale
+    x = checks.rows(x)
+    block_m, block_k = GRANULARITIES[granularity]
+    _extension.module().fp8_quantize(
+        x=_extension.address(x), q=_extension.address(q), scale=_extension.address(scale),
+        m=x.shape[0], k=x.shape[1], dtype=_extension.dtype_code(x.dtype), block_m=block_m, block_k=block_k,
+        ldx=x.stride(0), ldq=q.stride(0), scale_stride_m=scale.stride(0), scale_stride_k=scale.stride(1),
+        pow2_scale=pow2_scale, stream=_extension.stream(x),
+    )  # fmt: skip
+    return q, scale
+
+
+def _check_dequantize(q, scale, granularity, out_dtype) -> None:
+    op = "fp8_dequantize"
+    checks.one_of(op, "granularity", granularity, tuple(GRANULARITIES))
+    checks.one_of(op, "out_dtype", out_dtype, (None, *_WIDE))
+    checks.tensor(op, "q", q, dtype=checks.FP8, shape=(None, None))
+    shape = plan.scale_shape(*q.shape, granularity)
+    checks.tensor(op, "scale", scale, dtype=torch.float32, shape=shape, device=q.device)
+
+
+def _dequantize_problem(q, scale, granularity, out_dtype) -> plan.Problem:
+    return plan.Problem("dequantize", *q.shape, granularity, (out_dtype or torch.float32).itemsize)
+
+
+def _dequantize_fake(q, scale, granularity, out_dtype):
+    return q.new_empty(q.shape, dtype=out_dtype or torch.float32)
+
+
+def _dequantize_triton(config, q, scale, granularity, out_dtype):
+    from ..triton_kernels import fp8_quantize as kernel
+
+    out = _allocate.empty(q.shape, out_dtype or torch.float32, q.device)
+    if out.numel():
+        kernel.dequantize(config, *GRANULARITIES[granularity], checks.rows(q), scale, out)
+    return out
+
+
+register(
+    'fp8_quantize(Tensor x, str granularity="1x128", bool pow2_scale=False, str scale_layout="row") '
+    "-> (Tensor, Tensor)",
+    check=_check_quantize,
+    problem=_quantize_problem,
+    plan=plan,
+    fake=_quantize_fake,
+    reference=reference.fp8_quantize,
+    backends={"cuda": _quantize_cuda, "triton": _quantize_triton},
+)
+register(
+    'fp8_dequantize(Tensor q, Tensor scale, str granularity="1x128", ScalarType? out_dtype=None) -> Tensor',
+    check=_check_dequantize,
+    problem=_dequantize_problem,
+    plan=plan,
+    fake=_dequantize_fake,
+    reference=reference.fp8_dequantize,
+    backends={"triton": _dequantize_triton},
+)
