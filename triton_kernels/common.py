@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def e4m3_encode(x, NATIVE: tl.constexpr):
@@ -69,3 +71,26 @@ def merge_weights(lse_a, lse_b):
 def weighted(weight, x):
     """weight * x, 0 where weight is 0 whatever x holds."""
     return tl.where(weight == 0.0, 0.0, weight * x)
+
+
+@triton.jit
+def dot(x, y, total):
+    """total + x @ y, accumulated in fp32; fp32 operands are not rounded.
+
+    Triton's interpreter would multiply the bit patterns of bf16 as integers, so there the operands are widened first.
+    """
+    if INTERPRETED:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, total, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """fp32 x in DTYPE, rounded to nearest even. Triton's interpreter would cut off the low bits on the way to bf16."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        kept = tl.where(x != x, bits | 0x400000, rounded) >> 16
+        return kept.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
