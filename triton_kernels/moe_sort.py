@@ -72,8 +72,10 @@ def _place(
     padded = (total + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     past = tl.cumsum(padded, 0)
     start = past - padded
-    if program == 0:  # start[num_local] is the end of the last expert
-        tl.store(expert_offsets + experts, start, mask=experts <= num_local)
+    num_placed = tl.max(past, 0)
+    if program == 0:
+        tl.store(expert_offsets + experts, start, mask=experts < num_local)
+        tl.store(expert_offsets + num_local, num_placed)
 
     running = start + before
     for first in range(begin, end, CHUNK):
@@ -89,7 +91,6 @@ def _place(
 
     first_row = program * row_share
     last_row = tl.minimum(first_row + row_share, num_rows)
-    num_placed = tl.max(past, 0)
     if ALIGNMENT == 1:
         first_row = tl.maximum(first_row, num_placed)  # the only rows without an entry are the last ones
     none = tl.full((CHUNK,), -1, tl.int32)

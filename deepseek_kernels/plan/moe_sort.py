@@ -10,7 +10,7 @@ MAX_EXPERTS = 4096
 """The Triton kernel keeps one counter per expert in registers."""
 
 _TILE = 16384  # entries x experts compared in one step
-_ONE_PROGRAM = 1024  # entries up to which one launch beats two
+_LAUNCH = 5  # steps that take as long as the second launch
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """`experts`: num_local + 1 padded to a power of two; `chunk`: entries one program compares at a time;
+    """`experts`: num_local padded to a power of two; `chunk`: entries one program compares at a time;
     `programs`: share the entries and the rows; 1 counts and places in one launch."""
 
     experts: int
@@ -53,9 +53,9 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
     """Chunks that fill the registers of a program; one program, or up to one a multiprocessor."""
-    experts = max(16, 1 << p.num_local.bit_length())
+    experts = max(16, 1 << (p.num_local - 1).bit_length())
     chunk = min(128, max(16, _TILE // experts))
-    warps = 8 if experts * chunk >= _TILE // 2 else 4
+    warps = 8 if max(experts, chunk) * chunk >= _TILE // 2 else 4
     entries = p.num_tokens * p.top_k
     most = max(1, min(ceil_div(entries, chunk), device.num_sms))
     return [Config(experts, chunk, n, warps) for n in sorted({1, ceil_div(most, 4), ceil_div(most, 2), most})]
@@ -64,7 +64,7 @@ def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
 def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
     """Steps of the longest program: two over its entries, and one over every program's counters."""
     steps = 2 * ceil_div(ceil_div(p.num_tokens * p.top_k, c.chunk), c.programs)
-    return steps if c.programs == 1 else steps + ceil_div(c.programs, c.chunk) + _ONE_PROGRAM / c.chunk
+    return steps if c.programs == 1 else steps + ceil_div(c.programs, c.chunk) + _LAUNCH
 
 
 def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
