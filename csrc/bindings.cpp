@@ -1,0 +1,190 @@
+// The Python face of the launchers: numbers in, a launch out. deepseek_kernels/_C.pyi says what they mean.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+
+#if defined(DEEPSEEK_KERNELS_CUDA)
+#include <cuda_runtime_api.h>
+
+#include "fp8_matmul/params.h"
+#include "fp8_quantize/params.h"
+#include "moe_permute/params.h"
+#endif
+
+namespace deepseek_kernels {
+namespace {
+
+namespace py = pybind11;
+using py::kw_only;
+using py::operator""_a;
+using address = uintptr_t;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* at(address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+[[maybe_unused]] py::tuple split(const std::string& list) {
+  py::list words;
+  std::istringstream stream(list);
+  for (std::string word; std::getline(stream, word, ',');) words.append(word);
+  return py::tuple(words);
+}
+
+#if defined(DEEPSEEK_KERNELS_CUDA)
+void bind_fp8_quantize(py::module_& m) {
+  m.def(
+      "fp8_quantize",
+      [](address x, address q, address scale, int64_t m, int64_t k, int dtype, int block_m, int block_k, int64_t ldx,
+         int64_t ldq, int64_t scale_stride_m, int64_t scale_stride_k, bool pow2_scale, address stream) {
+        launch_fp8_quantize({at<void>(x), at<void>(q), at<float>(scale), m, k, Dtype(dtype), block_m, block_k, ldx, ldq,
+                             scale_stride_m, scale_stride_k, pow2_scale, at<void>(stream)});
+      },
+      kw_only(), "x"_a, "q"_a, "scale"_a, "m"_a, "k"_a, "dtype"_a, "block_m"_a, "block_k"_a, "ldx"_a, "ldq"_a,
+      "scale_stride_m"_a, "scale_stride_k"_a, "pow2_scale"_a, "stream"_a, release_gil());
+}
+
+void bind_moe_permute(py::module_& m) {
+  m.def(
+      "moe_permute",
+      [](address x, address scale, address token_topk_to_pos, address pos_to_token_topk, address out, address out_scale,
+         int64_t num_tokens, int top_k, int64_t num_rows, int64_t row_bytes, int64_t ldx_bytes, int64_t ld_out_bytes,
+         int64_t scale_columns, int64_t scale_stride_t, int64_t scale_stride_s, int64_t out_scale_stride_r,
+         int64_t out_scale_stride_s, address stream) {
+        launch_moe_permute(
+            {{at<int32_t>(token_topk_to_pos), at<int32_t>(pos_to_token_topk), num_tokens, num_rows, top_k},
+             at<void>(x),
+             at<void>(out),
+             at<float>(scale),
+             at<float>(out_scale),
+             row_bytes,
+             scale_columns,
+             ldx_bytes,
+             ld_out_bytes,
+             scale_stride_t,
+             scale_stride_s,
+             out_scale_stride_r,
+             out_scale_stride_s,
+             at<void>(stream)});
+      },
+      kw_only(), "x"_a, "scale"_a, "token_topk_to_pos"_a, "pos_to_token_topk"_a, "out"_a, "out_scale"_a, "num_tokens"_a,
+      "top_k"_a, "num_rows"_a, "row_bytes"_a, "ldx_bytes"_a, "ld_out_bytes"_a, "scale_columns"_a, "scale_stride_t"_a,
+      "scale_stride_s"_a, "out_scale_stride_r"_a, "out_scale_stride_s"_a, "stream"_a, release_gil());
+  m.def(
+      "moe_permute_quantize",
+      [](address x, address token_topk_to_pos, address pos_to_token_topk, address out, address out_scale,
+         int64_t num_tokens, int top_k, int64_t num_rows, int64_t hidden, int dtype, int64_t ldx, int64_t ld_out,
+         int64_t out_scale_stride_r, int64_t out_scale_stride_s, bool pow2_scale, address stream) {
+        launch_moe_permute_quantize(
+            {{at<int32_t>(token_topk_to_pos), at<int32_t>(pos_to_token_topk), num_tokens, num_rows, top_k},
+             at<void>(x),
+             at<void>(out),
+             at<float>(out_scale),
+             hidden,
+             Dtype(dtype),
+             ldx,
+             ld_out,
+             out_scale_stride_r,
+             out_scale_stride_s,
+             pow2_scale,
+             at<void>(stream)});
+      },
+      kw_only(), "x"_a, "token_topk_to_pos"_a, "pos_to_token_topk"_a, "out"_a, "out_scale"_a, "num_tokens"_a, "top_k"_a,
+      "num_rows"_a, "hidden"_a, "dtype"_a, "ldx"_a, "ld_out"_a, "out_scale_stride_r"_a, "out_scale_stride_s"_a,
+      "pow2_scale"_a, "stream"_a, release_gil());
+  m.def(
+      "moe_unpermute",
+      [](address y, address token_topk_to_pos, address weights, address out, int64_t num_tokens, int top_k,
+         int64_t num_rows, int64_t hidden, int dtype, int64_t ldy, int64_t ld_out, address stream) {
+        launch_moe_unpermute({{at<int32_t>(token_topk_to_pos), nullptr, num_tokens, num_rows, top_k},
+                              at<void>(y),
+                              at<float>(weights),
+                              at<void>(out),
+                              hidden,
+                              Dtype(dtype),
+                              ldy,
+                              ld_out,
+                              at<void>(stream)});
+      },
+      kw_only(), "y"_a, "token_topk_to_pos"_a, "weights"_a, "out"_a, "num_tokens"_a, "top_k"_a, "num_rows"_a,
+      "hidden"_a, "dtype"_a, "ldy"_a, "ld_out"_a, "stream"_a, release_gil());
+}
+
+#if defined(DEEPSEEK_KERNELS_SM90A)
+void bind_fp8_matmul(py::module_& m) {
+  m.def(
+      "fp8_matmul",
+      [](address a, address scale_a, address b, address scale_b, address bias, address d, int64_t m, int64_t n,
+         int64_t k, int64_t lda, int64_t ldb, int64_t ldd, int64_t scale_a_stride_m, int64_t scale_a_stride_k,
+         int64_t scale_b_stride_n, int64_t scale_b_stride_k, int out_dtype, int bias_dtype, int tile_m, int tile_n,
+         int stages, int cluster, int raster, int ctas, address stream) {
+        launch_fp8_matmul({at<void>(a),
+                           at<float>(scale_a),
+                           at<void>(b),
+                           at<float>(scale_b),
+                           at<void>(bias),
+                           at<void>(d),
+                           m,
+                           n,
+                           k,
+                           lda,
+                           ldb,
+                           ldd,
+                           scale_a_stride_m,
+                           scale_a_stride_k,
+                           scale_b_stride_n,
+                           scale_b_stride_k,
+                           Dtype(out_dtype),
+                           Dtype(bias_dtype),
+                           tile_m,
+                           tile_n,
+                           stages,
+                           cluster,
+                           raster,
+                           ctas,
+                           at<void>(stream)});
+      },
+      kw_only(), "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "bias"_a, "d"_a, "m"_a, "n"_a, "k"_a, "lda"_a, "ldb"_a,
+      "ldd"_a, "scale_a_stride_m"_a, "scale_a_stride_k"_a, "scale_b_stride_n"_a, "scale_b_stride_k"_a, "out_dtype"_a,
+      "bias_dtype"_a, "tile_m"_a, "tile_n"_a, "stages"_a, "cluster"_a, "raster"_a, "ctas"_a, "stream"_a, release_gil());
+  py::list instances;
+  for (const Fp8MatmulInstance& i : fp8_matmul_instances())
+    instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.stages, i.cluster));
+  m.attr("fp8_matmul_instances") = py::tuple(instances);
+}
+#endif
+#endif
+
+void bind(py::module_& m) {
+  m.doc() = "Raw addresses, sizes, strides in elements, a stream. deepseek_kernels/_C.pyi is the contract.";
+  m.attr("FP32") = 0;
+  m.attr("FP16") = 1;
+  m.attr("BF16") = 2;
+#if defined(DEEPSEEK_KERNELS_CUDA)
+  bind_fp8_quantize(m);
+  bind_moe_permute(m);
+  std::string ops = "fp8_quantize,moe_permute,moe_permute_quantize,moe_unpermute";
+#if defined(DEEPSEEK_KERNELS_SM90A)
+  bind_fp8_matmul(m);
+  ops += ",fp8_matmul";
+#endif
+  m.attr("ops") = split(ops);
+  m.attr("architectures") = split(DEEPSEEK_KERNELS_ARCHS);
+  m.attr("cuda_version") = CUDART_VERSION;
+#else
+  m.attr("ops") = m.attr("architectures") = py::tuple();
+  m.attr("cuda_version") = 0;
+#endif
+}
+
+}  // namespace
+}  // namespace deepseek_kernels
+
+#if !defined(DEEPSEEK_KERNELS_MODEL)  // tests/hopper_model/module.cpp includes this file and adds to the module
+PYBIND11_MODULE(_C, m) {
+  deepseek_kernels::bind(m);
+}
+#endif

@@ -1,0 +1,67 @@
+// Tensor maps, made on the host. The driver's encoder is looked up at run time: nothing links to libcuda.
+#pragma once
+#include "check.h"
+#include "sm90.cuh"
+
+namespace deepseek_kernels {
+
+enum class Element { kE4m3, kBf16, kFp32 };
+
+struct TensorMapShape {
+  Element element;
+  int64_t inner, outer;  // elements, rows
+  int64_t ld;            // elements between rows
+  int box_inner, box_outer;
+  sm90::Swizzle swizzle;
+};
+
+inline int size_of(Element element) {
+  return element == Element::kE4m3 ? 1 : element == Element::kBf16 ? 2 : 4;
+}
+
+#if defined(__CUDACC__)
+inline auto tensor_map_encoder() {
+  using Encoder = decltype(&cuTensorMapEncodeTiled);
+  static const Encoder encoder = [] {
+    void* address = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    DSK_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found));
+#else
+    DSK_CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &found));
+#endif
+    DSK_CHECK(found == cudaDriverEntryPointSuccess, "no cuTensorMapEncodeTiled in this driver: ", int(found));
+    return reinterpret_cast<Encoder>(address);
+  }();
+  return encoder;
+}
+#endif
+
+// Loads outside [0, outer) x [0, inner) give zeros, stores there are dropped.
+inline sm90::TensorMap tensor_map_2d(const void* base, const TensorMapShape& s) {
+  const int64_t stride_bytes = s.ld * size_of(s.element);
+#if defined(__CUDACC__)
+  static constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                                   CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
+  static constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                     CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
+  const cuuint64_t sizes[] = {cuuint64_t(s.inner), cuuint64_t(s.outer)}, strides[] = {cuuint64_t(stride_bytes)};
+  const cuuint32_t box[] = {cuuint32_t(s.box_inner), cuuint32_t(s.box_outer)}, steps[] = {1, 1};
+  sm90::TensorMap result;
+  const CUresult status =
+      tensor_map_encoder()(&result.map, kTypes[int(s.element)], 2, const_cast<void*>(base), sizes, strides, box, steps,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzles[int(s.swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  DSK_CHECK(status == CUDA_SUCCESS, "CUresult ", int(status), " for a tensor map of ", s.outer, " x ", s.inner,
+            " elements, ", stride_bytes, " bytes between rows, at ", base);
+  return result;
+#else
+  static constexpr uint32_t kSpans[] = {0, 128, 64, 32};
+  return model::make_tensor_map_2d(base, uint32_t(size_of(s.element)), uint64_t(s.inner), uint64_t(s.outer),
+                                   uint64_t(stride_bytes), uint32_t(s.box_inner), uint32_t(s.box_outer),
+                                   kSpans[int(s.swizzle)]);
+#endif
+}
+
+}  // namespace deepseek_kernels

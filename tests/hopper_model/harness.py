@@ -1,0 +1,181 @@
+"""The extension's bindings and kernels over a software model of a Hopper GPU, on CPU memory.
+
+    model = harness.load()                       # the functions of deepseek_kernels._C, and configure, alloc, free
+    with harness.Arena(model) as arena:          # tensors between guard pages, filled with NaN
+        x = arena.copy("x", torch.randn(3, 5))
+        model.configure(seed=7, bug="stage_released_early")
+        model.fp8_quantize(x=x.data_ptr(), ...)  # what goes wrong is a RuntimeError that says where
+
+    with harness.model_extension(seed=7):        # the ops of deepseek_kernels themselves run on the model
+        deepseek_kernels.fp8_quantize(x)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "hopper_model"
+
+RULES = """
+rule cxx
+  command = $cxx -MMD -MF $out.d $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx -shared $in -o $out
+"""
+
+
+class Unavailable(RuntimeError):
+    """This machine cannot build the model."""
+
+
+def nvcc() -> str | None:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    candidates = [f"{home}/bin/nvcc" for home in homes if home] + [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def cuda_include() -> Path:
+    """The folder of cuda_fp8.h, found beside nvcc."""
+    compiler = nvcc()
+    if compiler is None:
+        raise Unavailable("the CUDA headers are needed, and there is no nvcc to find them by")
+    listing = subprocess.run([compiler, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    for word in shlex.split(" ".join(line for line in listing.splitlines() if "INCLUDES=" in line).replace("#$", "")):
+        folder = Path(word.removeprefix("INCLUDES=").removeprefix("-I"))
+        if (folder / "cuda_fp8.h").exists():
+            return folder
+    raise Unavailable("nvcc's include folder has no cuda_fp8.h")
+
+
+def _ninja_file(cxx: str) -> str:
+    import pybind11
+
+    include = [f"-I{ROOT}/csrc", f"-I{HERE}"]
+    for folder in (pybind11.get_include(), sysconfig.get_paths()["include"], cuda_include()):
+        include += ["-isystem", str(folder)]
+    common = ["-std=c++17", "-fPIC", "-march=x86-64-v3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+    common += ["-Wno-unknown-pragmas", "-DDEEPSEEK_KERNELS_MODEL=1", "-DDEEPSEEK_KERNELS_CUDA=1"]
+    common += ["-DDEEPSEEK_KERNELS_SM90A=1", '-DDEEPSEEK_KERNELS_ARCHS="90a"', *include]
+    kernels = sorted(ROOT.glob("csrc/*/launch.cu"))
+    lines = [f"cxx = {cxx}", RULES]
+    objects = []
+
+    def compile_(source: Path, *flags: str) -> None:
+        objects.append(str(BUILD / f"{source.parent.name}.{source.stem}.o"))
+        words = shlex.join([*flags, *common]).replace("$", "$$")
+        lines.extend([f"build {objects[-1]}: cxx {source}", f"  flags = {words}"])
+
+    for source in kernels:
+        compile_(source, "-O2", "-x", "c++")
+    for source in sorted(HERE.glob("*.cpp")):
+        compile_(source, "-O1" if source.stem == "module" else "-O3")
+    target = BUILD / "_C_model.so"
+    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
+
+
+def build() -> Path:
+    """The path of an up-to-date _C_model; workers of one test run wait for each other."""
+    cxx = shutil.which(os.environ.get("CXX", "g++"))
+    if cxx is None or os.uname().machine != "x86_64":
+        raise Unavailable("the model needs g++ on x86-64")
+    try:
+        import ninja
+
+        tool = str(Path(ninja.BIN_DIR, "ninja"))
+    except ImportError:
+        tool = shutil.which("ninja")
+    if tool is None:
+        raise Unavailable("the model is built with ninja")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text, file = _ninja_file(cxx), BUILD / "build.ninja"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        result = subprocess.run([tool, "-f", str(file), "-j", jobs], cwd=BUILD, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"the model does not compile:\n{result.stdout[-6000:]}")
+    return BUILD / "_C_model.so"
+
+
+@functools.cache
+def load():
+    """The model's extension module, built on first use. Raises Unavailable where that cannot be."""
+    spec = importlib.util.spec_from_file_location("_C_model", build())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Arena:
+    """Tensors in the model's guarded memory: a byte past the end is reported, unwritten bytes are NaN."""
+
+    def __init__(self, model):
+        self._model = model
+        self._addresses = []
+
+    def empty(self, name: str, shape, dtype: torch.dtype, *, stride=None, offset: int = 0) -> torch.Tensor:
+        """A tensor that ends where its memory ends, `offset` elements after a multiple of 16 bytes at the most."""
+        shape = tuple(shape)
+        stride = stride or torch.empty(shape, device="meta").stride()
+        size = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))
+        count = size + offset
+        address = self._model.alloc(count * dtype.itemsize, name)
+        self._addresses.append(address)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).as_strided(shape, stride, offset)
+
+    def copy(self, name: str, source: torch.Tensor, *, stride=None, offset: int = 0) -> torch.Tensor:
+        target = self.empty(name, source.shape, source.dtype, stride=stride, offset=offset)
+        if source.numel():
+            target.view(_bits(source.dtype)).copy_(source.view(_bits(source.dtype)))
+        return target
+
+    def close(self) -> None:
+        for address in self._addresses:
+            self._model.free(address)
+        self._addresses.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+
+@contextlib.contextmanager
+def model_extension(seed: int = 1, **settings):
+    """Within it `deepseek_kernels` calls the model in place of its compiled extension."""
+    from deepseek_kernels.ops import _extension
+
+    model = load()
+    model.configure(seed=seed, **settings)
+    _extension.substitute(model)
+    try:
+        yield model
+    finally:
+        _extension.substitute(None)
+        model.configure()

@@ -1,0 +1,111 @@
+// Guarded global memory, tensor maps, shared-memory addresses.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "sim.h"
+
+namespace model {
+namespace {
+
+constexpr size_t kPage = 4096, kGuard = 16 << 20;
+
+struct Region {
+  char *map, *data;
+  size_t len, bytes;
+  std::string name;
+};
+std::vector<Region> g_regions;
+
+}  // namespace
+
+void* alloc_global(size_t bytes, const std::string& name) {
+  const size_t room = std::max<size_t>(1, (bytes + kPage - 1) / kPage) * kPage, len = room + 2 * kGuard;
+  void* map = mmap(nullptr, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (map == MAP_FAILED) throw std::bad_alloc();
+  char* m = static_cast<char*>(map);
+  mprotect(m + kGuard, room, PROT_READ | PROT_WRITE);
+  char* p = m + kGuard + room - (bytes + 15) / 16 * 16;
+  memset(m + kGuard, 0xFF, room);
+  g_regions.push_back({m, p, len, bytes, name});
+  return p;
+}
+void free_global(void* p) {
+  for (auto it = g_regions.begin(); it != g_regions.end(); ++it)
+    if (it->data == p) {
+      munmap(it->map, it->len);
+      g_regions.erase(it);
+      return;
+    }
+  throw std::invalid_argument("free: not an address that alloc returned");
+}
+
+std::string describe_address(const void* address) {
+  const char* a = static_cast<const char*>(address);
+  for (auto& r : g_regions)
+    if (a >= r.map && a < r.map + r.len)
+      return (a < r.data ? str("%ld bytes before '", long(r.data - a))
+                         : str("%ld bytes past the end of '", long(a - (r.data + r.bytes)))) +
+             r.name + str("' (%zu bytes)", r.bytes);
+  return str("%p is in no known buffer", address);
+}
+
+std::string overrun() {
+  auto untouched = [](const char* from, const char* to) {
+    return std::all_of(from, to, [](char c) { return c == -1; });
+  };
+  for (auto& r : g_regions) {
+    if (!untouched(r.map + kGuard, r.data)) return "bytes before '" + r.name + "' were written";
+    if (!untouched(r.data + r.bytes, r.map + r.len - kGuard))
+      return "bytes past the end of '" + r.name + "' were written";
+  }
+  return "";
+}
+
+TensorMap make_tensor_map_2d(const void* base, uint32_t elem, uint64_t inner, uint64_t outer, uint64_t stride,
+                             uint32_t bi, uint32_t bo, uint32_t sw) {
+  auto need = [](bool ok, const char* what) {
+    if (!ok) throw std::runtime_error(std::string("tensor map: ") + what);
+  };
+  need(reinterpret_cast<uintptr_t>(base) % 16 == 0, "global address not a multiple of 16");
+  need(stride % 16 == 0 && stride >= inner * elem, "row stride not a multiple of 16, or shorter than a row");
+  need(bi && bo && bi <= 256 && bo <= 256, "box side not in 1..256");
+  need(bi * elem % 16 == 0, "inner box bytes not a multiple of 16");
+  need(sw == 0 || bi * elem <= sw, "inner box wider than the swizzle span");
+  need(sw == 0 || bi * elem == sw, "inner box narrower than the swizzle span: not modelled");
+  need(inner && outer, "empty tensor");
+  return {static_cast<char*>(const_cast<void*>(base)), {inner, outer}, stride, elem, {bi, bo}, sw};
+}
+
+uint32_t smem_addr(const void* p) {
+  const uint8_t* q = static_cast<const uint8_t*>(p);
+  Cta* c = g->cur->cta;
+  if (q < c->smem || q >= c->smem + g->launch.smem) fail("pointer is not into this CTA's shared memory");
+  return uint32_t(q - c->smem) + kSmemBase;
+}
+void debug_name(const void* p, const char* name, int i) {
+  g->cur->cta->names[smem_addr(p)] = str("%s[%d]", name, i);
+}
+std::string name_of(Cta* c, uint32_t a) {
+  auto it = c->names.find(a);
+  return it != c->names.end() ? it->second : str("smem+0x%x", a - kSmemBase);
+}
+
+// 16-byte chunk index XOR 128-byte line index, over the absolute address.
+uint32_t swizzled(uint32_t a, uint32_t span) {
+  return span == 128  ? a ^ ((a >> 7 & 7) << 4)
+         : span == 64 ? a ^ ((a >> 7 & 3) << 4)
+         : span == 32 ? a ^ ((a >> 7 & 1) << 4)
+                      : a;
+}
+void check_smem(uint32_t lo, uint32_t hi, const char* what) {
+  if (lo < kSmemBase || hi > kSmemBase + g->launch.smem)
+    fail("%s touches shared memory [0x%x, 0x%x), outside the %zu bytes allocated", what, lo - kSmemBase, hi - kSmemBase,
+         g->launch.smem);
+}
+void check_fenced(Cta* c, uint32_t lo, uint32_t hi, const char* what) {
+  if (settings.hazard_checks && memcmp(c->smem + lo - kSmemBase, c->async_view + lo - kSmemBase, hi - lo))
+    fail("%s reads shared memory at 0x%x that plain stores wrote without fence_proxy_async", what, lo - kSmemBase);
+}
+}  // namespace model

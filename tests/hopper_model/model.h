@@ -1,0 +1,188 @@
+// Host stand-in for CUDA and for the Hopper units behind csrc/common/sm90.cuh. Written from the PTX ISA, not from
+// there.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <string>
+
+// ---- CUDA keywords: the CUDA headers make most of them vanish under g++ ----
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __forceinline__
+#define __forceinline__ inline
+extern uint3 threadIdx, blockIdx;  // set at every switch of fiber
+extern dim3 blockDim, gridDim;
+
+// Outside namespace model, so that argument-dependent lookup never finds model:: functions from a kernel.
+namespace model_types {
+struct TensorMap {
+  char* base;
+  uint64_t size[2], stride;        // elements; bytes between rows
+  uint32_t elem, box[2], swizzle;  // swizzle: 0, 32, 64, 128 bytes
+};
+}  // namespace model_types
+
+namespace model {
+using model_types::TensorMap;
+
+// ---- launching ----
+struct Settings {
+  uint64_t seed = 1;
+  bool hazard_checks = true;   // false: hazards show only as wrong numbers
+  bool wgmma_per_warp = true;  // false: one warp's wgmma_wait vouches for its whole warpgroup (CUTLASS relies on that)
+  uint64_t bug = 0;            // bug_id of the planted bug
+};
+extern Settings settings;
+
+constexpr uint64_t bug_id(const char* name) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (; *name; ++name) hash = (hash ^ uint64_t(*name)) * 0x100000001b3u;
+  return hash;
+}
+
+struct Launch {
+  dim3 grid;
+  unsigned threads = 128, cluster = 1;
+  size_t smem = 0;
+};
+// "" or what went wrong.
+std::string run(const Launch& launch, const std::function<void()>& thread_body);
+
+struct Statistics {
+  uint64_t launches = 0, switches = 0, async_steps = 0;
+};
+extern Statistics statistics;
+
+// Global memory between guard pages, flush with the upper one; filled with NaN bytes.
+void* alloc_global(size_t bytes, const std::string& name);
+void free_global(void* p);
+
+// Stands in for cuTensorMapEncodeTiled (2-D); throws where the driver would refuse.
+TensorMap make_tensor_map_2d(const void* base, uint32_t elem_bytes, uint64_t inner, uint64_t outer,
+                             uint64_t stride_bytes, uint32_t box_inner, uint32_t box_outer, uint32_t swizzle_bytes);
+
+// ---- what sm90.cuh calls ----
+uint8_t* dynamic_smem();
+uint32_t smem_addr(const void* p);
+void debug_name(const void* p, const char* name, int i);
+void mbarrier_init(uint64_t* bar, uint32_t count);
+void mbarrier_arrive(uint64_t* bar);
+void mbarrier_arrive_cluster(uint64_t* bar, uint32_t rank);
+void mbarrier_arrive_and_expect_tx(uint64_t* bar, uint32_t bytes);
+void mbarrier_wait(uint64_t* bar, uint32_t parity);
+void fence_barrier_init();
+void fence_proxy_async();
+void cp_async(void* dst, const void* src, uint32_t bytes, uint32_t valid_bytes);
+void cp_async_mbarrier_arrive(uint64_t* bar);
+void tma_load_2d(void* dst, const TensorMap& map, uint64_t* bar, int x, int y, uint16_t multicast_mask);
+void tma_store_2d(const void* src, const TensorMap& map, int x, int y);
+void tma_store_commit();
+void tma_store_wait(int n);
+enum Type { E4M3, BF16 };
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int n, std::initializer_list<float*> read_afterwards);
+void wgmma(Type t, int n, float* d, const uint32_t* a_regs, uint64_t desc_a, uint64_t desc_b, int scale_d, int ta,
+           int tb);
+void setmaxnreg(int n);
+void named_barrier_sync(int id, int threads);
+void cluster_sync();
+uint32_t cluster_rank();
+bool elect_one();
+uint64_t shuffle(uint32_t mask, uint64_t v, int src_lane);  // warp rendezvous; returns the value of src_lane
+uint32_t ballot(uint32_t mask, bool vote);
+[[noreturn]] void fail(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
+}  // namespace model
+
+// ---- CUDA built-ins ----
+inline void __syncthreads() {
+  model::named_barrier_sync(0, int(blockDim.x));
+}
+inline void __syncwarp(uint32_t mask = 0xffffffffu) {
+  model::shuffle(mask, 0, threadIdx.x % 32);
+}
+template <class T>
+T model_shfl(uint32_t mask, T v, int src) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t u = 0;
+  std::memcpy(&u, &v, sizeof v);
+  u = model::shuffle(mask, u, src);
+  std::memcpy(&v, &u, sizeof v);
+  return v;
+}
+template <class T>
+T __shfl_sync(uint32_t m, T v, int src) {
+  return model_shfl(m, v, src & 31);
+}
+template <class T>
+T __shfl_xor_sync(uint32_t m, T v, int x) {
+  return model_shfl(m, v, int(threadIdx.x % 32) ^ x);
+}
+template <class T>
+T __shfl_up_sync(uint32_t m, T v, int d) {
+  const int lane = threadIdx.x % 32;
+  return model_shfl(m, v, lane >= d ? lane - d : lane);
+}
+template <class T>
+T __shfl_down_sync(uint32_t m, T v, int d) {
+  const int lane = threadIdx.x % 32;
+  return model_shfl(m, v, lane + d < 32 ? lane + d : lane);
+}
+inline uint32_t __ballot_sync(uint32_t m, int vote) {
+  return model::ballot(m, vote != 0);
+}
+inline int __any_sync(uint32_t m, int vote) {
+  return model::ballot(m, vote != 0) != 0;
+}
+inline int __all_sync(uint32_t m, int vote) {
+  return model::ballot(m, vote == 0) == 0;
+}
+inline int __popc(uint32_t x) {
+  return __builtin_popcount(x);
+}
+inline int __ffs(uint32_t x) {
+  return __builtin_ffs(int(x));
+}
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T atomicAdd(T* p, T v) {
+  const T old = *p;
+  *p += v;
+  return old;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+inline float __uint_as_float(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}  // built with -ffp-contract=off
+inline float __fadd_rn(float a, float b) {
+  return a + b;
+}
+inline float __fdiv_rn(float a, float b) {
+  return a / b;
+}
+inline float __frcp_rn(float a) {
+  return 1.f / a;
+}
+inline float __fmaf_rn(float a, float b, float c) {
+  return std::fma(a, b, c);
+}

@@ -1,0 +1,168 @@
+// The state of one launch, shared by the model's sources.
+#pragma once
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "model.h"
+
+namespace model {
+
+constexpr uint32_t kSmemBase = 0x400;  // shared-window address of dynamic smem (the first KiB is reserved on sm_90)
+constexpr size_t kSmemMax = 227 * 1024;
+
+struct Cta;
+struct Fiber;
+using Waiters = std::vector<Fiber*>;
+
+struct Barrier {  // mbarrier object (PTX ISA "mbarrier": phase, pending and expected arrivals, tx-count)
+  uint32_t expected = 0;
+  int64_t pending = 0, tx = 0;
+  uint64_t phase = 0;
+  bool fenced = false;
+  int owner = 0;
+  Waiters waiters;
+};
+struct Acc {  // accumulator registers of one thread while wgmma owns them
+  float* d;
+  int n;
+  std::vector<float> v;
+  uint64_t last_op;
+};
+struct Op {  // one wgmma of a warpgroup
+  Type type;
+  int n, scale_d, ta, tb;
+  bool rs;
+  uint64_t da, db;
+  int issued = 0;
+  Acc* acc[128];
+  const uint32_t* a[128];
+  uint32_t a_copy[128][4];
+  uint32_t range[2][2];  // [A, B] shared addresses read
+};
+struct WarpGroup {
+  std::deque<Op> ops;                      // not yet retired
+  uint64_t base = 0;                       // index of ops.front()
+  uint64_t done[4] = {}, retired[4] = {};  // per warp: executed; waited for
+  int nreg = 0, nreg_calls = 0;
+  Waiters waiters;
+  Op& op(uint64_t i) { return ops[i - base]; }
+};
+struct Rendezvous {  // warp-wide collective for one lane mask
+  uint64_t lane_gen[32] = {}, done = 0;
+  uint32_t arrived = 0;
+  uint64_t v[2][32];
+  Waiters waiters;
+};
+struct NamedBarrier {
+  int need = 0, count = 0;
+  uint64_t gen = 0;
+  Waiters waiters;
+};
+struct Store {
+  bool done = false;
+  uint32_t lo, hi;
+  Cta* cta;
+  TensorMap map;
+  int x, y;
+  std::vector<uint8_t> copy;
+  Fiber* owner;
+};
+struct Copy {  // cp.async
+  uint32_t dst, bytes, valid;
+  const void* src;
+};
+
+struct Fiber {
+  void* sp = nullptr;
+  char* stack = nullptr;
+  Cta* cta = nullptr;
+  int tid = 0;
+  bool exited = false;
+  std::string waiting;  // for the deadlock report
+  // wgmma
+  bool need_fence = true;
+  uint64_t issued = 0;
+  std::deque<uint64_t> groups;
+  std::vector<std::unique_ptr<Acc>> accs;
+  // cp.async since the last arrive
+  std::vector<Copy> copies;
+  // bulk stores
+  std::vector<std::shared_ptr<Store>> stores;
+  std::vector<size_t> store_groups;
+  size_t stores_waited = 0;
+  Waiters store_waiters;
+};
+struct Cta {
+  unsigned rank;
+  uint3 block;
+  uint8_t *smem, *async_view;  // what plain accesses see; what TMA and wgmma see (equal after fence_proxy_async)
+  int live;
+  std::map<uint32_t, Barrier> bars;
+  std::map<uint32_t, std::string> names;
+  NamedBarrier named[16];
+  std::vector<WarpGroup> wgs;
+  std::vector<std::map<uint32_t, Rendezvous>> warps;
+  std::vector<int> leader;  // elect_one's lane, per warp
+};
+struct Event {  // something asynchronous that may happen now
+  enum { Load, StoreRead, Wgmma, Copies } kind;
+  Cta* cta = nullptr;
+  TensorMap map = {};
+  int x = 0, y = 0, row0 = 0, row1 = 0;
+  uint32_t dst = 0, bar = 0;
+  WarpGroup* wg = nullptr;
+  int warp = 0;
+  std::shared_ptr<Store> store = nullptr;
+  std::vector<Copy> copies = {};
+};
+
+struct Sim {
+  Launch launch;
+  const std::function<void()>* body;
+  std::mt19937_64 rng;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::vector<Fiber*> ready, held;  // held: threads of warps that are stalled for now
+  std::vector<Event> events;
+  std::vector<int> warp_prio;
+  std::vector<char> stalled;  // per warp
+  NamedBarrier cluster;
+  Fiber* cur = nullptr;
+  void* main_sp = nullptr;
+  int live = 0, async_rate = 64, prio_rate = 0, yield_rate = 4;
+  std::string report;
+  uint64_t rnd(uint64_t n) { return rng() % n; }
+};
+extern Sim* g;
+
+// scheduler.cpp
+std::string str(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
+void yield_now();
+inline void maybe_yield() {
+  if (g->rnd(g->yield_rate) == 0) yield_now();
+}
+void block_on(Waiters& w, std::string why);
+void wake(Waiters& w);
+
+// memory.cpp
+std::string describe_address(const void* p);
+std::string overrun();  // "" or which buffer's surroundings a launch has written
+std::string name_of(Cta* c, uint32_t a);
+uint32_t swizzled(uint32_t a, uint32_t span);
+void check_smem(uint32_t lo, uint32_t hi, const char* what);
+void check_fenced(Cta* c, uint32_t lo, uint32_t hi, const char* what);
+inline bool overlap(uint32_t lo, uint32_t hi, uint32_t lo2, uint32_t hi2) {
+  return lo < hi2 && lo2 < hi;
+}
+
+// transfers.cpp, wgmma.cpp
+void run_load(Event& e);
+void run_store(Event& e);
+void run_copies(Event& e);
+void run_wgmma(Event& e);
+
+}  // namespace model

@@ -1,0 +1,70 @@
+// Warps, CTAs and clusters meeting.
+#include "sim.h"
+
+namespace model {
+
+void setmaxnreg(int n) {
+  if (n % 8 || n < 24 || n > 256) fail("setmaxnreg %d", n);
+  WarpGroup& wg = g->cur->cta->wgs[g->cur->tid / 128];
+  wg.nreg = n, ++wg.nreg_calls;
+}
+void named_barrier_sync(int id, int threads) {
+  if (id < 0 || id > 15 || threads % 32) fail("named barrier %d, %d threads", id, threads);
+  NamedBarrier& b = g->cur->cta->named[id];
+  maybe_yield();
+  if (b.count && b.need != threads) fail("named barrier %d: thread counts %d and %d", id, b.need, threads);
+  b.need = threads;
+  if (++b.count == threads) {
+    b.count = 0, ++b.gen;
+    wake(b.waiters);
+    return;
+  }
+  for (uint64_t gen = b.gen; b.gen == gen;)
+    block_on(b.waiters, str("waits at named barrier %d (%d threads)", id, threads));
+}
+void cluster_sync() {
+  NamedBarrier& b = g->cluster;
+  maybe_yield();
+  if (++b.count == int(g->fibers.size())) {
+    b.count = 0, ++b.gen;
+    wake(b.waiters);
+    return;
+  }
+  for (uint64_t gen = b.gen; b.gen == gen;) block_on(b.waiters, "waits at cluster_sync");
+}
+uint32_t cluster_rank() {
+  return g->cur->cta->rank;
+}
+bool elect_one() {
+  shuffle(~0u, 0, 0);
+  return g->cur->tid % 32 == g->cur->cta->leader[g->cur->tid / 32];
+}
+
+// Brings the lanes of a mask together; returns the values all of them brought.
+static const uint64_t* meet(uint32_t mask, uint64_t v) {
+  const int lane = g->cur->tid % 32;
+  if (!(mask >> lane & 1)) fail("lane %d is not in its own mask 0x%x", lane, mask);
+  Rendezvous& r = g->cur->cta->warps[g->cur->tid / 32][mask];
+  const uint64_t gen = r.lane_gen[lane]++;
+  r.v[gen & 1][lane] = v;
+  if ((r.arrived |= 1u << lane) == mask) {
+    r.arrived = 0, ++r.done;
+    wake(r.waiters);
+  }
+  while (r.done <= gen) block_on(r.waiters, str("waits in a warp collective, mask 0x%x", mask));
+  return r.v[gen & 1];
+}
+uint64_t shuffle(uint32_t mask, uint64_t v, int src) {
+  const uint64_t* values = meet(mask, v);
+  if (!(mask >> (src & 31) & 1)) fail("shuffle from lane %d outside mask 0x%x", src, mask);
+  return values[src & 31];
+}
+uint32_t ballot(uint32_t mask, bool vote) {
+  const uint64_t* values = meet(mask, vote);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1 && values[lane]) votes |= 1u << lane;
+  return votes;
+}
+
+}  // namespace model
