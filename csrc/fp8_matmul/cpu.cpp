@@ -1,0 +1,59 @@
+// d[m, n] = (sum over k of scale_a * a[m, k] * scale_b * b[n, k]) + bias[n], for CPU tensors.
+//
+// a is decoded and scaled to fp32 once (m is small); the threads share the rows of b. See common/cpu/rows_matmul.h.
+#include "fp8_matmul/cpu.h"
+
+#include "common/cpu/parallel.h"
+#include "common/cpu/rows_matmul.h"
+
+namespace deepseek_kernels::DSK_ISA {
+namespace {
+
+constexpr int kMaxRows = 4096;  // of a per call of rows_matmul: row pointers live on the stack
+
+template <Dtype kDtype>
+inline void put(void* d, int64_t at, float value, bool accumulate) {
+  if constexpr (kDtype == Dtype::kFp32) {
+    float* p = static_cast<float*>(d) + at;
+    *p = accumulate ? *p + value : value;
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(d) + at;
+    if constexpr (kDtype == Dtype::kBf16) *p = to_bf16(accumulate ? from_bf16(*p) + value : value);
+    if constexpr (kDtype == Dtype::kFp16) *p = to_fp16(accumulate ? from_fp16(*p) + value : value);
+  }
+}
+
+}  // namespace
+
+void fp8_matmul(const Fp8MatmulCpuParams& p, int threads) {
+  const int64_t width = padded(p.k);
+  parallel_runs(p.m, 4, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const E4m3Weight row{p.a + i * p.lda, p.scale_a + i * p.scale_a_stride_m, 0, 0, p.scale_a_stride_k};
+      float* out = p.workspace + i * width;
+      int64_t c = 0;
+      for (; c + kLanes <= p.k; c += kLanes) store(out + c, row.load(0, c, row.scale(0, c)));
+      if (c < p.k) store(out + c, row.load_part(0, c, int(p.k - c), row.scale(0, c)));
+    }
+  });
+  float* scratch = p.workspace + p.m * width;
+  with_dtype(p.out_dtype, [&](auto tag) {
+    const E4m3Weight weight{p.b, p.scale_b, p.ldb, p.scale_b_stride_n, p.scale_b_stride_k};
+    const int64_t tiles = (p.n + kTileN - 1) / kTileN;
+    parallel_runs(tiles, 4, threads, [&](int64_t begin, int64_t end, int thread) {
+      const float* rows[kMaxRows];
+      const int64_t last = end * kTileN < p.n ? end * kTileN : p.n;
+      for (int64_t first = 0; first < p.m; first += kMaxRows) {
+        const int count = int(p.m - first < kMaxRows ? p.m - first : kMaxRows);
+        for (int i = 0; i < count; ++i) rows[i] = p.workspace + (first + i) * width;
+        float* mine = scratch + thread * rows_matmul_scratch(p.m);
+        rows_matmul(rows, count, weight, begin * kTileN, last, p.k, mine, [&](int i, int64_t j, float value) {
+          put<decltype(tag)::kDtype>(p.d, (first + i) * p.ldd + j, p.bias == nullptr ? value : value + p.bias[j],
+                                     p.accumulate);
+        });
+      }
+    });
+  });
+}
+
+}  // namespace deepseek_kernels::DSK_ISA

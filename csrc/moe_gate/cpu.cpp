@@ -1,0 +1,156 @@
+// weights, indices = the top_k experts of each token by score + bias, within the topk_groups best groups; the weights are
+// the unbiased scores. Ties go to the lower index.
+//
+// One token at a time: scores and biased scores in a row of scratch (L1), the best of each group, then one ascending scan
+// that compares a register with the smallest of the chosen so far and inserts what is larger: about K ln(E/K) insertions.
+// Scores are fp32 with this library's exp, within 2 steps of torch's: two experts closer than that may change places.
+#include "moe_gate/cpu.h"
+
+#include "common/cpu/parallel.h"
+#include "common/cpu/vec.h"
+
+namespace deepseek_kernels::DSK_ISA {
+namespace {
+
+constexpr float kLargest = 3.402823466e38f;
+constexpr float kEpsilon = 1e-20f;
+
+inline float minus_infinity() { return as_float(0xFF800000); }
+
+// NaN counts as -inf, +inf as the largest finite number.
+inline float tame(float x) { return x != x ? minus_infinity() : x > kLargest ? kLargest : x; }
+
+// ln(1 + e^x); log is libm's: this score is rare and E is small.
+inline float softplus(float x) { return x > 20.f ? x : std::log1p(std::exp(x)); }
+
+void scores_of(Score score, float* x, int64_t n) {
+  const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;  // the row has room, and its tail is -inf
+  if (score == Score::kSqrtSoftplus) {
+    for (int64_t i = 0; i < n; ++i) x[i] = std::sqrt(softplus(x[i]));
+    return;
+  }
+  if (score == Score::kSigmoid) {
+    const Vec one = splat(1.f);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const Vec v = load(x + i);
+      // e^-|x| never overflows; for x < 0 the sigmoid is e^x / (1 + e^x)
+      const Vec e = exp(zero() - abs(v));
+      const Vec s = one / (one + e);
+      alignas(64) float sign[kLanes], positive[kLanes], negative[kLanes];
+      store(sign, v), store(positive, s), store(negative, e * s);
+      for (int l = 0; l < kLanes; ++l) positive[l] = sign[l] < 0.f ? negative[l] : positive[l];
+      store(x + i, load(positive));
+    }
+    return;
+  }
+  Vec peak = splat(minus_infinity());
+  for (int64_t i = 0; i < whole; i += kLanes) peak = max(peak, load(x + i));
+  const float top = largest(peak);
+  if (top == minus_infinity()) {  // a row of -inf has no probabilities
+    std::memset(x, 0, size_t(n) * sizeof(float));
+    return;
+  }
+  Vec total = zero();
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec e = exp(load(x + i) - splat(top));
+    store(x + i, e);
+    total = total + e;
+  }
+  const Vec inverse = splat(1.f / sum(total));
+  for (int64_t i = 0; i < whole; i += kLanes) store(x + i, load(x + i) * inverse);
+}
+
+struct Chosen {  // descending; `count` of `top_k` so far
+  float* value;
+  int64_t* index;
+  int count, top_k;
+
+  float threshold() const { return count < top_k ? minus_infinity() : value[top_k - 1]; }
+  void insert(float v, int64_t i) {
+    int at = count < top_k ? count++ : top_k - 1;
+    for (; at > 0 && value[at - 1] < v; --at) value[at] = value[at - 1], index[at] = index[at - 1];
+    value[at] = v, index[at] = i;
+  }
+};
+
+void scan(const float* selection, int64_t begin, int64_t end, Chosen& chosen) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    if (i + kLanes <= end && !(largest(load(selection + i)) > chosen.threshold())) continue;
+    for (int64_t e = i; e < end && e < i + kLanes; ++e) {
+      if (selection[e] > chosen.threshold()) chosen.insert(selection[e], e);
+    }
+  }
+}
+
+template <Dtype kDtype>
+void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
+  float* weights = p.weights + t * p.top_k;
+  int64_t* indices = p.indices + t * p.top_k;
+  if (p.mask != nullptr && !p.mask[t]) {
+    for (int k = 0; k < p.top_k; ++k) weights[k] = 0.f, indices[k] = -1;
+    return;
+  }
+  const int64_t experts = p.num_experts, per_group = experts / p.num_groups;
+  float *scores = scratch, *selection = scratch + experts + 16, *group_score = scratch + 2 * (experts + 16);
+  const char* row = static_cast<const char*>(p.logits) + t * p.ld_logits * (kDtype == Dtype::kFp32 ? 4 : 2);
+  for (int64_t e = 0; e < experts; e += kLanes) {
+    const int count = int(experts - e < kLanes ? experts - e : kLanes);
+    store(scores + e, load_part<kDtype>(row + e * (kDtype == Dtype::kFp32 ? 4 : 2), count));
+  }
+  for (int64_t e = 0; e < experts; ++e) selection[e] = scores[e] = tame(scores[e]);
+  for (int64_t e = experts; e < experts + 16; ++e) scores[e] = minus_infinity();
+  scores_of(p.score, scores, experts);
+  for (int64_t e = 0; e < experts; ++e) {
+    const float biased = p.bias == nullptr ? scores[e] : scores[e] + p.bias[e];
+    selection[e] = selection[e] == minus_infinity() ? minus_infinity() : tame(biased);
+  }
+
+  float best[64];
+  float* value = p.top_k <= 64 ? best : weights;  // the weights are written last
+  Chosen chosen{value, indices, 0, p.top_k};
+  const bool grouped = p.topk_groups < p.num_groups;
+  if (grouped) {
+    for (int g = 0; g < p.num_groups; ++g) {
+      float first = minus_infinity(), second = minus_infinity();
+      for (int64_t e = g * per_group; e < (g + 1) * per_group; ++e) {
+        const float v = selection[e];
+        second = v > first ? first : v > second ? v : second;
+        first = v > first ? v : first;
+      }
+      group_score[g] = p.bias != nullptr && second > minus_infinity() ? first + second : first;
+    }
+  }
+  // A group is allowed if fewer than topk_groups groups are better, or as good and before it.
+  const auto allowed = [&](int g) {
+    if (!grouped) return true;
+    int better = 0;
+    for (int o = 0; o < p.num_groups; ++o) {
+      better += group_score[o] > group_score[g] || (group_score[o] == group_score[g] && o < g);
+    }
+    return better < p.topk_groups;
+  };
+  for (int g = 0; g < p.num_groups; ++g) {
+    if (allowed(g)) scan(selection, g * per_group, (g + 1) * per_group, chosen);
+  }
+  for (int64_t e = 0; e < experts && chosen.count < p.top_k; ++e) {  // too few above -inf: the lowest unused ones
+    if (selection[e] == minus_infinity() && allowed(int(e / per_group))) indices[chosen.count++] = e;
+  }
+
+  float total = 0.f;
+  for (int k = 0; k < p.top_k; ++k) total += weights[k] = scores[indices[k]];
+  const float factor = p.normalize ? p.scale / (total + kEpsilon) : p.scale;
+  for (int k = 0; k < p.top_k; ++k) weights[k] *= factor;
+}
+
+}  // namespace
+
+void moe_gate(const MoeGateCpuParams& p, int threads) {
+  const int64_t row = 2 * (p.num_experts + 16) + p.num_groups;
+  with_dtype(p.dtype, [&](auto tag) {
+    parallel_runs(p.num_tokens, 16, threads, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t t = begin; t < end; ++t) gate<decltype(tag)::kDtype>(p, t, p.workspace + thread * row);
+    });
+  });
+}
+
+}  // namespace deepseek_kernels::DSK_ISA

@@ -1,0 +1,32 @@
+#pragma once
+#include <cstdint>
+
+#include "common/cpu/isa.h"
+#include "common/dtype.h"
+
+namespace deepseek_kernels {
+
+enum class Score : int { kSigmoid = 0, kSoftmax = 1, kSqrtSoftplus = 2 };
+
+struct MoeGateCpuParams {
+  const void* logits;  // [num_tokens, num_experts] of dtype
+  const float* bias;   // [num_experts]; may be nullptr
+  const bool* mask;    // [num_tokens]; may be nullptr
+  float* weights;      // [num_tokens, top_k]
+  int64_t* indices;    // [num_tokens, top_k]
+  float* workspace;    // moe_gate_workspace floats
+  int64_t num_tokens, num_experts, ld_logits;
+  int top_k, num_groups, topk_groups;
+  Score score;
+  Dtype dtype;
+  bool normalize;
+  float scale;
+};
+
+inline int64_t moe_gate_workspace(int64_t num_experts, int64_t num_groups, int threads) {
+  return threads * (2 * (num_experts + 16) + num_groups);
+}
+
+DSK_CPU_KERNEL(moe_gate, MoeGateCpuParams)
+
+}  // namespace deepseek_kernels
