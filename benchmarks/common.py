@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace  # noqa: F401  (replace: for derived benches)
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,23 @@ def _matmul(n: int, rate: str, device: torch.device) -> Callable:
     return lambda: x @ w.t()
 
 
+def reference(bench: Bench, args: tuple) -> tuple[torch.Tensor, ...]:
+    """What every provider has to give."""
+    fresh = clone(args)
+    if bench.expected:
+        return _outputs(bench, fresh, bench.expected(*fresh))
+    with deepseek_kernels.use_backend("reference"):
+        return _outputs(bench, fresh, (bench.call or bench.operator.overload)(*fresh))
+
+
+def try_once(bench: Bench, provider: Provider, args: tuple, expected: tuple) -> tuple[str, float]:
+    """(why its result is wrong, relative error)."""
+    fresh = clone(args)
+    result = provider.run(*(provider.prepare(*fresh) if provider.prepare else fresh))
+    actual = _outputs(bench, fresh, provider.outputs(result, fresh) if provider.outputs else result)
+    return check(actual, expected, provider.tolerance or bench.tolerance), relative_error(actual, expected)
+
+
 def run_case(
     bench: Bench, case: Case, device: torch.device, *, quick: bool = False, compiled: bool = False
 ) -> list[dict[str, Any]]:
@@ -229,20 +246,11 @@ def run_case(
     operator = bench.operator
     args = bench.inputs(device, torch.Generator(device).manual_seed(0), **case.dims)
     problem = operator.problem(*operator.fill(args, {}))
-    flops, num_bytes = (
-        bench.cost(problem, *args) if bench.cost else (operator.plan.flops(problem), operator.plan.bytes(problem))
-    )
-    call = bench.call or operator.overload
-    grad = any(t.requires_grad for t in _tensors(args))
-    with torch.set_grad_enabled(grad):
-        fresh = clone(args)
-        if bench.expected:
-            expected = _outputs(bench, fresh, bench.expected(*fresh))
-        else:
-            with deepseek_kernels.use_backend("reference"):
-                expected = _outputs(bench, fresh, call(*fresh))
-        del fresh
-        records, right = [], []
+    cost = bench.cost or (lambda problem, *args: (operator.plan.flops(problem), operator.plan.bytes(problem)))
+    flops, num_bytes = cost(problem, *args)
+    records, right = [], []
+    with torch.set_grad_enabled(any(t.requires_grad for t in _tensors(args))):
+        expected = reference(bench, args)
         for provider in (*ours(bench, args), *peers(bench, device, compiled)):
             record = {
                 "op": bench.label,
@@ -257,12 +265,7 @@ def run_case(
             }
             records.append(record)
             try:
-                fresh = clone(args)
-                result = provider.run(*(provider.prepare(*fresh) if provider.prepare else fresh))
-                result = provider.outputs(result, fresh) if provider.outputs else result
-                actual = _outputs(bench, fresh, result)
-                reason = check(actual, expected, provider.tolerance or bench.tolerance)
-                record["relative_error"] = relative_error(actual, expected)
+                reason, record["relative_error"] = try_once(bench, provider, args, expected)
             except Exception as error:  # a provider that cannot run must not hide the others
                 record |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
                 continue
@@ -270,16 +273,15 @@ def run_case(
                 record |= {"status": "wrong", "reason": reason}
             else:
                 right.append(provider)
-        del expected, fresh
-        if right:
-            timings = _time(bench, right, args, device, quick)
-            roof = ceilings(device, bench.rate, quick)
-            peer_times = {p.name: timings[p.name].p50 for p in right if not p.backend}
-            for record in records:
-                if record["status"] == "ok":
-                    record |= _figures(timings[record["provider"]], flops, num_bytes, roof, bench.rate)
-                    if record["backend"]:
-                        record["ratio"] = {n: t / record["time_us"]["p50"] for n, t in peer_times.items()}
+        del expected
+        timings = _time(bench, right, args, device, quick) if right else {}
+    roof = ceilings(device, bench.rate, quick) if right else {}
+    peer_times = {p.name: timings[p.name].p50 for p in right if not p.backend}
+    for record in records:
+        if record["status"] == "ok":
+            record |= _figures(timings[record["provider"]], flops, num_bytes, roof, bench.rate)
+            if record["backend"]:
+                record["ratio"] = {n: t / record["time_us"]["p50"] for n, t in peer_times.items()}
     return records
 
 
