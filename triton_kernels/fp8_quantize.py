@@ -1,7 +1,8 @@
 """q = saturate(x / scale), scale = max(amax, 1e-4) / 448 over each block of x [m, k]; and back, out = q * scale.
 
-Tiling:  one tile of ROWS x COLUMNS per program, k fastest; a tile holds whole blocks (1x128: ROWS of them side by
-         side, 128x1: COLUMNS of them, 128x128: one), so the amax never leaves the program.
+Tiling:  one tile of ROWS x COLUMNS per program, k fastest. Quantising, a tile holds whole blocks (1x128: ROWS of
+         them, 128x1: COLUMNS of them, 128x128: one), so the amax never leaves the program. Dequantising, it lies
+         inside one block along every blocked dimension.
          The maximum is taken over the bits of |x|: as integers they order as the floats do, with NaN on top.
 Bytes:   m*k*(b+1) + 4 per block. m=4096 k=7168 bf16: 89 MB, 19 us at 4.8 TB/s.
 """
@@ -29,9 +30,9 @@ def _scale_pointers(
     scale, tile_m, tile_k, m, k, scale_stride_m, scale_stride_k,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Pointers [ROWS / BLOCK_M, COLUMNS / BLOCK_K] to the scales of a tile, and which of them exist."""
-    rows = (tile_m.to(tl.int64) * (ROWS // BLOCK_M) + tl.arange(0, ROWS // BLOCK_M))[:, None]
-    columns = (tile_k.to(tl.int64) * (COLUMNS // BLOCK_K) + tl.arange(0, COLUMNS // BLOCK_K))[None, :]
+    """Pointers to the scales of a tile, one per block along each dimension, and which of them exist."""
+    rows = (tile_m.to(tl.int64) * ROWS // BLOCK_M + tl.arange(0, (ROWS + BLOCK_M - 1) // BLOCK_M))[:, None]
+    columns = (tile_k.to(tl.int64) * COLUMNS // BLOCK_K + tl.arange(0, (COLUMNS + BLOCK_K - 1) // BLOCK_K))[None, :]
     inside = (rows * BLOCK_M < m) & (columns * BLOCK_K < k)
     return scale + rows * scale_stride_m + columns * scale_stride_k, inside
 

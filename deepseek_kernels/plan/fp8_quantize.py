@@ -23,7 +23,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of `rows` x `columns` per program, within one scale block along every blocked dimension."""
+    """A tile of `rows` x `columns` per program."""
 
     rows: int
     columns: int
@@ -53,12 +53,10 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
 
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
-    tiles = {
-        "1x128": ((2, 128, 1), (4, 128, 2), (8, 128, 4), (16, 128, 4), (32, 128, 4)),
-        "128x128": ((128, 128, 8),),
-        "128x1": ((128, 32, 4), (128, 64, 4), (128, 128, 8)),
-    }
-    return [Config(*tile, native_fp8=device.arch >= 89) for tile in tiles[p.granularity]]
+    rows = ((2, 128, 1), (4, 128, 2), (8, 128, 4), (16, 128, 4), (32, 128, 8))
+    whole_blocks = {"1x128": rows, "128x128": ((128, 128, 16),), "128x1": ((128, 32, 8), (128, 64, 16))}
+    tiles = whole_blocks[p.granularity] if p.kind == "quantize" else rows
+    return [Config(*tile, native_fp8=device.arch >= 89) for tile in tiles]
 
 
 def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
