@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -27,13 +28,13 @@ rule cxx
   command = $cxx -MMD -MF $out.d $flags -c $in -o $out
   depfile = $out.d
   deps = gcc
-  description = c++ $in
+  description = c++ $in $note
 rule nvcc
   command = $nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 $
-    || { grep -vE 'ptxas info|bytes stack frame' $out.log; exit 1; }; grep -i warning $out.log || true
+    || { grep -vE 'ptxas info|bytes stack frame' $out.log; exit 1; }; grep -i warning $out.log | sort -u || true
   depfile = $out.d
   deps = gcc
-  description = nvcc $in $archs
+  description = nvcc $in $note
 rule link
   command = $linker $flags $in -o $out
   description = link $out
@@ -77,7 +78,8 @@ def build(cxx: str, nvcc: Nvcc | None) -> Path:
     with _lock(ROOT / folder / "lock"):
         _stable_names(ROOT / folder, cxx, nvcc)
         output = folder / "_C.so"
-        _write_if_changed(ROOT / folder / "build.ninja", ninja_file(ROOT, folder, output, cxx, nvcc is not None, archs))
+        text = ninja_file(ROOT, folder, output, cxx, nvcc is not None, archs, _has_openmp(cxx))
+        _write_if_changed(ROOT / folder / "build.ninja", text)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         command = [Path(ninja.BIN_DIR, "ninja"), "-f", folder / "build.ninja", "-j", jobs]
         if subprocess.run(command, cwd=ROOT).returncode:
@@ -85,47 +87,74 @@ def build(cxx: str, nvcc: Nvcc | None) -> Path:
     return ROOT / output
 
 
-def ninja_file(root: Path, folder: Path, output: Path, cxx: str, cuda: bool, archs: list[str]) -> str:
+def ninja_file(root: Path, folder: Path, output: Path, cxx: str, cuda: bool, archs: list[str], openmp: bool) -> str:
     """The text of build.ninja; all paths are relative to `root`, where ninja runs."""
-    links = folder / "links"
-    common = ["-O3", "-std=c++17", "-Icsrc", *(["-DDEEPSEEK_KERNELS_CUDA=1"] if cuda else [])]
+    links, stamp = folder / "links", folder / "toolchain.txt"
+    defines = ["-DDEEPSEEK_KERNELS_CUDA=1"] if cuda else []
     if cuda and "90a" in archs:
-        common.append("-DDEEPSEEK_KERNELS_SM90A=1")
+        defines.append("-DDEEPSEEK_KERNELS_SM90A=1")
+    common = ["-O3", "-std=c++17", "-Icsrc", *defines]
     # Headers included with -isystem stay out of the dependency files: pip unpacks them anew for every build.
     cuda_include = ["-isystem", f"{links}/cuda-include"] if cuda else []
     host = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", "-isystem", f"{links}/pybind11"]
-    host += ["-isystem", sysconfig.get_paths()["include"], *cuda_include]
-    host.append(f'-DDEEPSEEK_KERNELS_ARCHS="{",".join(archs)}"')
+    host += ["-isystem", sysconfig.get_paths()["include"], *cuda_include, *(["-fopenmp"] if openmp else [])]
     device = [*common, "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
     device += ["-ccbin", cxx, *cuda_include]
 
-    objects = [f"{folder}/bindings.o"]
-    stamp = f"{folder}/toolchain.txt"
     lines = [f"builddir = {folder}", f"cxx = {_quote([cxx])}", f"nvcc = {links}/nvcc-bin/nvcc"]
     lines += ["linker = $nvcc" if cuda else "linker = $cxx", RULES]
-    lines += [f"build {objects[0]}: cxx csrc/bindings.cpp | {stamp}", f"  flags = {_quote(host)}"]
-    for source in sorted((root / "csrc").glob("*/launch.cu")) if cuda else []:
+    objects = []
+
+    def compile(rule: str, source: Path, name: str, flags: list[str], note: str) -> None:
+        objects.append(f"{folder}/{name}.o")
+        lines.append(f"build {objects[-1]}: {rule} {source.relative_to(root).as_posix()} | {stamp}")
+        lines.extend([f"  flags = {_quote(flags)}", f"  note = {note}"])
+
+    csrc = root / "csrc"
+    for source in sorted([*csrc.glob("*.cpp"), *csrc.glob("common/**/*.cpp")]):
+        archs_define = [f'-DDEEPSEEK_KERNELS_ARCHS="{",".join(archs)}"'] if source.name == "bindings.cpp" else []
+        compile("cxx", source, source.stem, [*host, *archs_define], "")
+    for source in sorted(csrc.glob("*/cpu.cpp")):
+        for isa, flags in isa_flags(platform.machine()).items():
+            compile("cxx", source, f"{source.parent.name}-{isa}", [*host, *flags, f"-DDSK_ISA={isa}"], isa)
+    for source in sorted(csrc.glob("*/launch.cu")) if cuda else []:
         flags = toolchain.gencode(archs, hopper_only=(source.parent / "kernel_sm90.cuh").exists())
         if not flags:
             say(f"sm_90a is not among the architectures: csrc/{source.parent.name} is left out")
             continue
-        objects.append(f"{folder}/{source.parent.name}.o")
-        lines += [f"build {objects[-1]}: nvcc {source.relative_to(root).as_posix()} | {stamp}"]
-        lines += [f"  flags = {_quote([*device, *flags])}"]
-        lines += [f"  archs = {' '.join(flag.rpartition('code=')[2] for flag in flags)}"]
-    lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {_quote(_link_flags(cxx, cuda, links))}"]
+        targets = " ".join(flag.rpartition("code=")[2] for flag in flags)
+        compile("nvcc", source, f"{source.parent.name}-cuda", [*device, *flags], targets)
+    lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {_quote(_link_flags(cxx, cuda, openmp, links))}"]
     return "\n".join([*lines, f"default {output}", ""])
 
 
-def _link_flags(cxx: str, cuda: bool, links: Path) -> list[str]:
+def isa_flags(machine: str) -> dict[str, list[str]]:
+    """The instruction sets every CPU kernel is compiled for; csrc/common/cpu/isa.cpp picks one at run time."""
+    if machine.lower() not in ("x86_64", "amd64"):
+        return {"base": []}
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    # gcc's own AVX-512 headers set off its warnings about uninitialised variables.
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    return {"base": [], "avx2": avx2, "avx512": [*avx2, *avx512]}
+
+
+def _link_flags(cxx: str, cuda: bool, openmp: bool, links: Path) -> list[str]:
     if sys.platform == "darwin":
         return ["-bundle", "-undefined", "dynamic_lookup"]
+    host = ["-fopenmp"] if openmp else []
     # The static CUDA runtime's symbols stay inside: torch brings a runtime of its own.
     linker = ["--exclude-libs,ALL", "--as-needed", "-O1"]
     if not cuda:
-        return ["-shared", *(f"-Wl,{flag}" for flag in linker)]
+        return ["-shared", *host, *(f"-Wl,{flag}" for flag in linker)]
     flags = ["-shared", "-cudart", "static", "-ccbin", cxx, f"-L{links}/nvcc-bin/../lib"]
+    flags += [part for flag in host for part in ("-Xcompiler", flag)]
     return [*flags, *(part for flag in linker for part in ("-Xlinker", flag))]
+
+
+def _has_openmp(cxx: str) -> bool:
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n"
+    command = [cxx, "-fopenmp", "-x", "c++", "-", "-o", os.devnull]
+    return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
 
 def _quote(words: list[str]) -> str:

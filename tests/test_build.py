@@ -124,12 +124,14 @@ def test_ninja_file_compiles_each_source_for_its_architectures(tmp_path, archs, 
     for name in ("plain/launch.cu", "fast/launch.cu", "fast/kernel_sm90.cuh"):
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
-    text = extension.ninja_file(tmp_path, Path("build"), Path("build/_C.so"), "/usr/bin/g++", True, archs)
+    text = extension.ninja_file(tmp_path, Path("build"), Path("build/_C.so"), "/usr/bin/g++", True, archs, True)
     assert (
         ("csrc/fast/launch.cu" in text) == ("code=sm_90a" in text) == ("-DDEEPSEEK_KERNELS_SM90A=1" in text) == hopper
     )
     assert "csrc/plain/launch.cu" in text and "code=sm_80" in text
-    assert "launch.cu" not in extension.ninja_file(tmp_path, Path("build"), Path("_C.so"), "/usr/bin/g++", False, [])
+    assert "launch.cu" not in extension.ninja_file(
+        tmp_path, Path("build"), Path("_C.so"), "/usr/bin/g++", False, [], True
+    )
 
 
 # ---- builds without CUDA, in a copy of the tree ----
@@ -267,10 +269,10 @@ def in_environment(python: Path, code: str) -> str:
 
 
 def check_links(library: Path) -> None:
-    """No torch, no CUDA library, nothing beyond the C and C++ runtimes."""
+    """No torch, no CUDA library, nothing beyond the runtimes of C, C++ and OpenMP."""
     dynamic = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
     needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
-    allowed = r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|libdl|librt|ld-linux[-\w]*)\.so[.\d]*"
+    allowed = r"(libc|libm|libgomp|libstdc\+\+|libgcc_s|libpthread|libdl|librt|ld-linux[-\w]*)\.so[.\d]*"
     assert not [name for name in needed if not re.fullmatch(allowed, name)]
     symbols = subprocess.run(
         ["readelf", "-W", "--dyn-syms", library], check=True, capture_output=True, text=True
