@@ -88,9 +88,9 @@ def dot(x, y, total):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """fp32 x in DTYPE, rounded to nearest even. Triton's interpreter would cut off the low bits on the way to bf16."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        kept = tl.where(x != x, bits | 0x400000, rounded) >> 16
-        return kept.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if INTERPRETED:
+        if DTYPE.is_bf16():
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+            x = (tl.where(x != x, bits | 0x400000, rounded) & ~0xFFFF).to(tl.float32, bitcast=True)
     return x.to(DTYPE)

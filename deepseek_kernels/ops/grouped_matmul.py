@@ -96,15 +96,26 @@ def _whole_vectors(t: torch.Tensor) -> bool:
     return False
 
 
+def _vectors(*sizes: int) -> bool:
+    return all(s % 16 == 0 for s in sizes)
+
+
+def _row_stride(t: torch.Tensor) -> int:
+    """Of `t` as the kernel sees it: a copy where the last dimension is not contiguous."""
+    return t.stride(0) if t.stride(1) == 1 else t.shape[1]
+
+
 def _problem(a, b, expert_offsets, out_dtype) -> plan.Problem:
     (num_rows, k), n = a.shape, b.shape[1]
-    return plan.Problem("forward", num_rows, n, k, b.shape[0], _name(a.dtype), _name(out_dtype or a.dtype))
+    vectors = 1 in b.stride()[1:] and _vectors(n, k, _row_stride(a), *(s for s in b.stride() if s != 1))
+    return plan.Problem("forward", num_rows, n, k, b.shape[0], _name(a.dtype), _name(out_dtype or a.dtype), vectors)
 
 
 def _problem_wgrad(grad, a, expert_offsets, out_dtype) -> plan.Problem:
     (num_rows, n), k = grad.shape, a.shape[1]
+    vectors = _vectors(n, k, _row_stride(grad), _row_stride(a))
     num_experts = expert_offsets.shape[0] - 1
-    return plan.Problem("wgrad", num_rows, n, k, num_experts, _name(a.dtype), _name(out_dtype or a.dtype))
+    return plan.Problem("wgrad", num_rows, n, k, num_experts, _name(a.dtype), _name(out_dtype or a.dtype), vectors)
 
 
 def _fake(a, b, expert_offsets, out_dtype):

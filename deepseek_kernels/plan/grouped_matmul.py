@@ -15,7 +15,7 @@ MAX_EXPERTS = 4096
 
 @dataclass(frozen=True)
 class Problem:
-    """`num_rows` is the upper bound that the host knows."""
+    """`num_rows` is the upper bound that the host knows. `vectors`: sizes and strides are multiples of 16 elements."""
 
     kind: Literal["forward", "wgrad"]
     num_rows: int
@@ -24,6 +24,7 @@ class Problem:
     num_experts: int
     dtype: str = "bfloat16"
     out_dtype: str = "bfloat16"
+    vectors: bool = True
 
     @property
     def busy_experts(self) -> int:
@@ -97,6 +98,8 @@ def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
 
 TILES = (
     # block_m, block_n, block_k, warps, stages
+    (16, 64, 32, 4, 4),
+    (64, 64, 32, 4, 4),
     (16, 64, 128, 4, 4),
     (16, 128, 128, 4, 4),
     (32, 64, 128, 4, 4),
@@ -145,6 +148,11 @@ def accumulators(c: Config, p: Problem) -> int:
     return (c.block_m if p.kind == "forward" else c.block_k) * c.block_n // (32 * c.num_warps)
 
 
+def operands(c: Config, p: Problem) -> int:
+    """Elements of one step's operand tiles that one thread loads."""
+    return shared_memory(c, p) // (c.num_stages * ELEMENT_BYTES[p.dtype] * 32 * c.num_warps)
+
+
 def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
     """Programs that fit on one SM: by shared memory, and by registers at twice the accumulators and 64 besides."""
     registers = 32 * c.num_warps * min(2 * accumulators(c, p) + 64, 255)
@@ -156,6 +164,8 @@ def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
         return ""
     if shared_memory(c, p) > device.shared_memory:
         return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
+    if not p.vectors and operands(c, p) > 32:
+        return f"loads {operands(c, p)} operands a thread one by one, 32 leave room for their addresses"
     if accumulators(c, p) > 128:
         return f"needs {accumulators(c, p)} accumulators a thread, 128 leave room for the rest"
     return ""

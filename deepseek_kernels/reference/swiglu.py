@@ -19,9 +19,7 @@ def swiglu(
     out = torch.where(has_entry, out, 0)
     if quantize:
         q, scale = fp8_quantize(out)
-        no_entry = ~has_entry
-        q.view(torch.uint8).masked_fill_(no_entry, 0)
-        return q, scale.masked_fill_(no_entry, 0)
+        return q, scale.new_zeros(scale.shape).copy_(torch.where(has_entry, scale, 0))
     return out.to(gate_up.dtype), out.new_empty(out.shape[0], 0, dtype=torch.float32)
 
 

@@ -1,0 +1,80 @@
+"""d[r, :] = sum over blocks j of 128 of k: scale_a[r, j] * scale_b[e, :, j] * (a[r, j] @ b[e, :, j]^T) for the rows r
+of expert e, zero for rows of no expert.
+
+Tiling:  as grouped_matmul's forward, with BLOCK_K = 128, one scale block. BLOCK_N divides 128: a tile has one weight
+         scale a step. Each step's product is accumulated apart and scaled into the total, which also keeps the tensor
+         core's short FP8 accumulator short.
+Pipeline: Triton's, num_stages operand tiles deep. Without NATIVE the operands are e4m3 in shared memory and become
+         bf16, exactly, in registers.
+Bytes:   R*k + E*n*k + 4*(R + E*n/128)*k/128 + R*n*2.
+         E=8, 4096 rows each, n=4096, k=7168: 1.9 TFLOP and 0.74 GB; 0.97 ms at 1979 TFLOP/s, 0.15 ms at 4.8 TB/s.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import dot, e4m3_decode, narrow
+from .schedule import clear_rows, expert_rows, expert_tile
+
+
+@triton.jit
+def _forward(
+    a, scale_a, b, scale_b, expert_offsets, d, num_rows, n8, k, num_experts,
+    a_stride, scale_a_stride_m, scale_a_stride_k, b_stride_e, b_stride_n,
+    scale_b_stride_e, scale_b_stride_n, scale_b_stride_k,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    WHOLE_K: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_K: tl.constexpr = 128
+    n = n8 * 8  # so that the compiler knows that rows of d hold whole vectors
+    first, end = expert_rows(expert_offsets, num_experts, num_rows, EXPERTS)
+    n_tiles = tl.cdiv(n, BLOCK_N)
+    tiles = tl.sum(tl.cdiv(end - first, BLOCK_M), 0) * n_tiles
+    depth = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        expert, row, row_end, n_tile = expert_tile(tile, first, end, n_tiles, EXPERTS, BLOCK_M, GROUP_M)
+        expert = expert.to(tl.int64)
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_inside = rows < row_end
+        column_inside = (columns < n)[None, :]
+        a_tile = a + rows.to(tl.int64)[:, None] * a_stride + depth[None, :]
+        b_tile = b + expert * b_stride_e + columns.to(tl.int64)[None, :] * b_stride_n + depth[:, None]
+        scale_a_tile = scale_a + rows.to(tl.int64) * scale_a_stride_m
+        scale_b_tile = scale_b + expert * scale_b_stride_e + (n_tile * BLOCK_N // 128).to(tl.int64) * scale_b_stride_n
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, k, BLOCK_K):
+            if WHOLE_K:
+                x = tl.load(a_tile, mask=row_inside[:, None], other=0.0)
+                w = tl.load(b_tile, mask=column_inside, other=0.0)
+            else:
+                x = tl.load(a_tile, mask=row_inside[:, None] & (depth < k - start)[None, :], other=0.0)
+                w = tl.load(b_tile, mask=column_inside & (depth < k - start)[:, None], other=0.0)
+            if not NATIVE:
+                x = e4m3_decode(x).to(tl.bfloat16)
+                w = e4m3_decode(w).to(tl.bfloat16)
+            scale = tl.load(scale_a_tile, mask=row_inside, other=0.0) * tl.load(scale_b_tile)
+            total += dot(x, w, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale[:, None]
+            a_tile += BLOCK_K
+            b_tile += BLOCK_K
+            scale_a_tile += scale_a_stride_k
+            scale_b_tile += scale_b_stride_k
+        d_tile = d + rows.to(tl.int64)[:, None] * n + columns[None, :]
+        tl.store(d_tile, narrow(total, d.dtype.element_ty), mask=row_inside[:, None] & column_inside)
+    clear_rows(d, 0, tl.min(first, 0), n, BLOCK_M, BLOCK_N)
+    clear_rows(d, tl.max(end, 0), num_rows, n, BLOCK_M, BLOCK_N)
+
+
+def fp8_grouped_matmul(config, a, scale_a, b, scale_b, expert_offsets, d) -> None:
+    """a [R, k] and b [E, n, k] e4m3 with contiguous last dimensions, scales of any strides, d [R, n] contiguous."""
+    num_experts, n, k = b.shape
+    if not config.native_fp8:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    _forward[(config.num_programs,)](
+        a, scale_a, b, scale_b, expert_offsets, d, a.shape[0], n // 8, k, num_experts,
+        a.stride(0), *scale_a.stride(), b.stride(0), b.stride(1), *scale_b.stride(),
+        EXPERTS=triton.next_power_of_2(max(num_experts, 1)), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        GROUP_M=config.group_m, WHOLE_K=k % 128 == 0, NATIVE=config.native_fp8,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
