@@ -1,13 +1,13 @@
 """The extension's bindings and kernels over a software model of a Hopper GPU, on CPU memory.
 
-    model = harness.load()                       # the functions of deepseek_kernels._C, and configure, alloc, free
-    with harness.Arena(model) as arena:          # tensors between guard pages, filled with NaN
-        x = arena.copy("x", torch.randn(3, 5))
-        model.configure(seed=7, bug="stage_released_early")
-        model.fp8_quantize(x=x.data_ptr(), ...)  # what goes wrong is a RuntimeError that says where
+model = harness.load()                       # the functions of deepseek_kernels._C, and configure, alloc, free
+with harness.Arena(model) as arena:          # tensors between guard pages, filled with NaN
+    x = arena.copy("x", torch.randn(3, 5))
+    model.configure(seed=7, bug="stage_released_early")
+    model.fp8_quantize(x=x.data_ptr(), ...)  # what goes wrong is a RuntimeError that says where
 
-    with harness.model_extension(seed=7):        # the ops of deepseek_kernels themselves run on the model
-        deepseek_kernels.fp8_quantize(x)
+with harness.model_extension(seed=7):        # the ops of deepseek_kernels themselves run on the model
+    deepseek_kernels.fp8_quantize(x)
 """
 
 from __future__ import annotations
