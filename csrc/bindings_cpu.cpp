@@ -1,7 +1,11 @@
 // The Python face of the CPU kernels, `_C.cpu`: numbers in, a result out. deepseek_kernels/_C.pyi says what they mean.
 #include "bindings_cpu.h"
 
+#include "fp8_matmul/cpu.h"
+#include "mla_decode/cpu.h"
+#include "moe_gate/cpu.h"
 #include "moe_permute/cpu.h"
+#include "moe_sort/cpu.h"
 
 namespace deepseek_kernels {
 namespace {
@@ -15,6 +19,76 @@ using release_gil = py::call_guard<py::gil_scoped_release>;
 template <class T>
 T* at(address a) {
   return reinterpret_cast<T*>(a);
+}
+
+void bind_fp8_matmul(py::module_& m) {
+  m.def("fp8_matmul_workspace", &fp8_matmul_workspace, kw_only(), "m"_a, "k"_a, "threads"_a);
+  m.def(
+      "fp8_matmul",
+      [](address a, address scale_a, address b, address scale_b, address bias, address d, address workspace, int64_t m,
+         int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldd, int64_t scale_a_stride_m, int64_t scale_a_stride_k,
+         int64_t scale_b_stride_n, int64_t scale_b_stride_k, int out_dtype, bool accumulate, int threads) {
+        fp8_matmul_cpu({at<uint8_t>(a), at<float>(scale_a), at<uint8_t>(b), at<float>(scale_b), at<float>(bias),
+                        at<void>(d), at<float>(workspace), m, n, k, lda, ldb, ldd, scale_a_stride_m, scale_a_stride_k,
+                        scale_b_stride_n, scale_b_stride_k, Dtype(out_dtype), accumulate},
+                       threads);
+      },
+      kw_only(), "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "bias"_a, "d"_a, "workspace"_a, "m"_a, "n"_a, "k"_a, "lda"_a,
+      "ldb"_a, "ldd"_a, "scale_a_stride_m"_a, "scale_a_stride_k"_a, "scale_b_stride_n"_a, "scale_b_stride_k"_a,
+      "out_dtype"_a, "accumulate"_a, "threads"_a, release_gil());
+}
+
+void bind_mla_decode(py::module_& m) {
+  m.def("mla_decode_workspace", &mla_decode_workspace, kw_only(), "rows"_a, "d_latent"_a, "d_rope"_a, "threads"_a);
+  m.def(
+      "mla_decode",
+      [](address q, address kv_cache, address block_table, address seqlens_kv, address sink, address out, address lse,
+         address workspace, int64_t b, int64_t s_q, int64_t h_q, int64_t d_latent, int64_t d_rope, int64_t num_pages,
+         int64_t page_size, int64_t max_pages, int64_t q_stride_b, int64_t q_stride_s, int64_t q_stride_h,
+         int64_t page_bytes, int64_t row_bytes, float scale, int dtype, bool causal, bool fp8, int threads) {
+        mla_decode_cpu({at<void>(q), at<void>(kv_cache), at<int32_t>(block_table), at<int32_t>(seqlens_kv),
+                        at<float>(sink), at<void>(out), at<float>(lse), at<float>(workspace), b, s_q, h_q, d_latent,
+                        d_rope, num_pages, page_size, max_pages, q_stride_b, q_stride_s, q_stride_h, page_bytes,
+                        row_bytes, scale, Dtype(dtype), causal, fp8},
+                       threads);
+      },
+      kw_only(), "q"_a, "kv_cache"_a, "block_table"_a, "seqlens_kv"_a, "sink"_a, "out"_a, "lse"_a, "workspace"_a, "b"_a,
+      "s_q"_a, "h_q"_a, "d_latent"_a, "d_rope"_a, "num_pages"_a, "page_size"_a, "max_pages"_a, "q_stride_b"_a,
+      "q_stride_s"_a, "q_stride_h"_a, "page_bytes"_a, "row_bytes"_a, "scale"_a, "dtype"_a, "causal"_a, "fp8"_a,
+      "threads"_a, release_gil());
+}
+
+void bind_moe_gate(py::module_& m) {
+  m.def("moe_gate_workspace", &moe_gate_workspace, kw_only(), "num_experts"_a, "num_groups"_a, "threads"_a);
+  m.def(
+      "moe_gate",
+      [](address logits, address bias, address mask, address weights, address indices, address workspace,
+         int64_t num_tokens, int64_t num_experts, int64_t ld_logits, int top_k, int num_groups, int topk_groups,
+         int score, int dtype, bool normalize, float scale, int threads) {
+        moe_gate_cpu({at<void>(logits), at<float>(bias), at<bool>(mask), at<float>(weights), at<int64_t>(indices),
+                      at<float>(workspace), num_tokens, num_experts, ld_logits, top_k, num_groups, topk_groups,
+                      Score(score), Dtype(dtype), normalize, scale},
+                     threads);
+      },
+      kw_only(), "logits"_a, "bias"_a, "mask"_a, "weights"_a, "indices"_a, "workspace"_a, "num_tokens"_a,
+      "num_experts"_a, "ld_logits"_a, "top_k"_a, "num_groups"_a, "topk_groups"_a, "score"_a, "dtype"_a, "normalize"_a,
+      "scale"_a, "threads"_a, release_gil());
+}
+
+void bind_moe_sort(py::module_& m) {
+  m.def(
+      "moe_sort",
+      [](address indices, address token_topk_to_pos, address pos_to_token_topk, address expert_offsets,
+         address workspace, int64_t num_entries, int64_t num_rows, int64_t expert_begin, int64_t expert_end,
+         int64_t alignment, bool wide, int threads) {
+        moe_sort_cpu({at<void>(indices), at<int32_t>(token_topk_to_pos), at<int32_t>(pos_to_token_topk),
+                      at<int32_t>(expert_offsets), at<int32_t>(workspace), num_entries, num_rows, expert_begin,
+                      expert_end, alignment, wide},
+                     threads);
+      },
+      kw_only(), "indices"_a, "token_topk_to_pos"_a, "pos_to_token_topk"_a, "expert_offsets"_a, "workspace"_a,
+      "num_entries"_a, "num_rows"_a, "expert_begin"_a, "expert_end"_a, "alignment"_a, "wide"_a, "threads"_a,
+      release_gil());
 }
 
 void bind_moe_permute(py::module_& m) {
@@ -49,8 +123,12 @@ void bind_moe_permute(py::module_& m) {
 void bind_cpu(py::module_& module) {
   py::module_ m = module.def_submodule("cpu", "Kernels for CPU memory. `threads` is the caller's thread count.");
   m.def("isa", [] { return name(cpu_isa()); }, "The instruction set in use.");
+  bind_fp8_matmul(m);
+  bind_mla_decode(m);
+  bind_moe_gate(m);
   bind_moe_permute(m);
-  m.attr("ops") = py::make_tuple("moe_permute", "moe_unpermute");
+  bind_moe_sort(m);
+  m.attr("ops") = py::make_tuple("fp8_matmul", "mla_decode", "moe_gate", "moe_permute", "moe_sort", "moe_unpermute");
 }
 
 }  // namespace deepseek_kernels
