@@ -329,7 +329,8 @@ print(*(module.__file__ for module in (deepseek_kernels, deepseek_kernels._C, de
 
 
 def test_import_is_quick(installed):
+    # Processor time: other tests run beside this one.
     code = (
-        "import time, torch; begin = time.perf_counter(); import deepseek_kernels; print(time.perf_counter() - begin)"
+        "import time, torch; begin = time.process_time(); import deepseek_kernels; print(time.process_time() - begin)"
     )
     assert min(float(in_environment(installed, code)) for _ in range(3)) <= 0.3
