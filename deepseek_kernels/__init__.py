@@ -8,12 +8,13 @@ from . import ops  # noqa: F401  (registers the ops)
 from .ops._maps import MoeMaps
 from .ops._registry import BackendError, Explanation, explain, use_backend
 from .ops.fp8_grouped_matmul import fp8_grouped_matmul
+from .ops.fp8_quantize import fp8_dequantize, fp8_quantize
+from .ops.fused_moe import fused_moe
 from .ops.grouped_matmul import grouped_matmul, grouped_matmul_wgrad
 from .ops.merge_states import merge_states
 from .ops.mla_cache_write import mla_cache_write, mla_rope
 from .ops.mla_decode import mla_decode
 from .ops.moe_gate import moe_gate
-from .ops.fp8_quantize import fp8_dequantize, fp8_quantize
 from .ops.moe_permute import moe_permute, moe_unpermute
 from .ops.moe_sort import moe_sort
 from .ops.swiglu import swiglu
@@ -35,6 +36,7 @@ __all__ = [
     "moe_gate",
     "fp8_dequantize",
     "fp8_quantize",
+    "fused_moe",
     "moe_permute",
     "moe_sort",
     "moe_unpermute",
