@@ -63,9 +63,13 @@ class LatentAttention(torch.nn.Module):
 
         Returns:
             [b, s_q, hidden]. Rows of padding (see `Append.counts`) are finite and meaningless.
+
+        Raises:
+            ValueError: x does not have the tokens of `step`, or the rotary table is too short for them.
         """
         shape, rope = self.config.shape, self.config.rope
         b, s_q, _ = x.shape
+        self._check(x, step)
         if step is None:
             positions = torch.arange(s_q, dtype=torch.int32, device=x.device).repeat(b)
         else:
@@ -93,6 +97,15 @@ class LatentAttention(torch.nn.Module):
         queries = ("q_proj",) if self.config.shape.q_rank is None else ("q_a_proj", "q_b_proj")
         quantize_linears_(self, *queries, "kv_a_proj_with_mqa", "o_proj")
         return self
+
+    def _check(self, x: torch.Tensor, step: Append | None) -> None:
+        b, s_q, _ = x.shape
+        if step is not None and (b, s_q) != (step.block_table.shape[0], step.s_q):
+            wanted = f"[{step.block_table.shape[0]}, {step.s_q}, *]"
+            raise ValueError(f"LatentAttention: x: wanted shape {wanted} as appended, got {list(x.shape)}")
+        needed, rows = s_q if step is None else step.max_tokens, self.rotary.cos_sin.shape[0]
+        if needed > rows:
+            raise ValueError(f"LatentAttention: max_positions: wanted at least {needed} for these tokens, got {rows}")
 
     def _queries(self, x: torch.Tensor) -> torch.Tensor:
         """[T, h_q, d_nope + d_rope], before the rotary embedding."""

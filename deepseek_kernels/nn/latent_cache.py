@@ -12,7 +12,7 @@ class CacheFull(RuntimeError):
     """More tokens than there are pages, or than a sequence may hold."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Append:
     """The tokens that one forward pass adds to the cache. See `LatentCache.append`.
 
@@ -25,6 +25,7 @@ class Append:
         s_q: tokens a sequence, padding included.
         counts: int32 [b], real tokens of each sequence, which come first; None if all s_q are.
         starts_empty: no sequence had a token before.
+        max_tokens: of the cache; positions are below it.
     """
 
     pages: torch.Tensor
@@ -35,6 +36,7 @@ class Append:
     s_q: int
     counts: torch.Tensor | None
     starts_empty: bool
+    max_tokens: int
 
 
 class LatentCache:
@@ -148,7 +150,7 @@ class LatentCache:
         self.seqlens_kv += s_q if added is None else added
         return Append(
             self.pages, positions.flatten(), slots.flatten(), self.block_table, self.seqlens_kv.clone(), s_q, added,
-            starts_empty,
+            starts_empty, self.max_tokens,
         )  # fmt: skip
 
     def slots_for(self, positions: torch.Tensor) -> torch.Tensor:
