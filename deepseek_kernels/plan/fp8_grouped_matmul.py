@@ -63,9 +63,12 @@ TILES = (
     (16, 128, 4, 4),
     (32, 64, 4, 4),
     (32, 128, 4, 4),
+    (64, 32, 4, 4),
     (64, 64, 4, 4),
+    (64, 64, 8, 4),
     (64, 128, 4, 4),
     (128, 64, 4, 4),
+    (128, 64, 8, 4),
     (128, 128, 8, 3),
     (128, 128, 8, 4),
 )
@@ -98,6 +101,10 @@ def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
         return ""
     if shared_memory(c, p) > device.shared_memory:
         return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
+    if device.arch >= 90 and c.block_m < 64:
+        return "below 64 rows the tensor core has no FP8"
+    if not c.native_fp8 and grouped.operands(_tile(c), _unscaled(p)) > 96:
+        return "more than 96 operands a thread to decode leave no room for the rest"
     if grouped.accumulators(_tile(c), _unscaled(p)) > 64:
         return "two sets of more than 64 accumulators a thread leave no room for the rest"
     return ""
