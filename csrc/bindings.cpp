@@ -5,6 +5,8 @@
 #include <sstream>
 #include <string>
 
+#include "bindings_cpu.h"
+
 #if defined(DEEPSEEK_KERNELS_CUDA)
 #include <cuda_runtime_api.h>
 
@@ -175,7 +177,8 @@ void bind(py::module_& m) {
   m.attr("architectures") = split(DEEPSEEK_KERNELS_ARCHS);
   m.attr("cuda_version") = CUDART_VERSION;
 #else
-  m.attr("ops") = m.attr("architectures") = py::tuple();
+  m.attr("ops") = py::tuple();
+  m.attr("architectures") = py::tuple();
   m.attr("cuda_version") = 0;
 #endif
 }
@@ -186,5 +189,6 @@ void bind(py::module_& m) {
 #if !defined(DEEPSEEK_KERNELS_MODEL)  // tests/hopper_model/module.cpp includes this file and adds to the module
 PYBIND11_MODULE(_C, m) {
   deepseek_kernels::bind(m);
+  deepseek_kernels::bind_cpu(m);
 }
 #endif
