@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._schedule import clear_rows, expert_rows, expert_tile
 from .common import dot, e4m3_decode, narrow
-from .schedule import clear_rows, expert_rows, expert_tile
 
 
 @triton.jit

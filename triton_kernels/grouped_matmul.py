@@ -2,7 +2,7 @@
 d[e] = sum over the rows r of expert e of grad[r, :]^T a[r, :].
 
 Tiling:  persistent: every program takes every num_programs-th tile. Forward: tiles of BLOCK_M rows of one expert by
-         BLOCK_N columns, found from the offsets on the device (schedule.py), so that rows need no padding and the host
+         BLOCK_N columns, found from the offsets on the device (_schedule.py), so that rows need no padding and the host
          no counts; GROUP_M row tiles share a weight tile before the walk goes on. Gradient: tiles of BLOCK_N by BLOCK_K
          of each expert, the rows in steps of BLOCK_M, always in order.
 Pipeline: Triton's, num_stages operand tiles deep.
@@ -13,8 +13,8 @@ Bytes:   forward (R*k + E*n*k + R*n)*b, gradient R*(n+k)*b + E*n*k*b.
 import triton
 import triton.language as tl
 
+from ._schedule import clear_rows, expert_rows, expert_tile, grouped_tile, pick
 from .common import dot, narrow
-from .schedule import clear_rows, expert_rows, expert_tile, grouped_tile, pick
 
 
 @triton.jit

@@ -30,7 +30,10 @@ def swiglu_backward(
     pos_to_token_topk: torch.Tensor | None = None,
     clamp: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `torch.ops.deepseek_kernels.swiglu_backward` in `ops/swiglu.py`."""
+    """Gradients of `swiglu`: of gate_up, zero in rows without an entry, and of weights, zero in entries without a row.
+
+    grad: [R, I] in gate_up's dtype. Without weights the second output is empty.
+    """
     has_entry, weight, raw_gate, raw_up = _rows(gate_up, weights, pos_to_token_topk)
     gate, up = _clamp(raw_gate, raw_up, clamp)
     grad = torch.where(has_entry, grad.contiguous().to(gate.dtype), 0)

@@ -1,0 +1,134 @@
+"""`fp8_grouped_matmul`: what the contract cannot know."""
+
+import pytest
+import torch
+
+import deepseek_kernels as dk
+from deepseek_kernels.device import A100, GPUS, H100, L40S
+from deepseek_kernels.plan import fp8_grouped_matmul as plan
+from deepseek_kernels.reference.fp8_quantize import fp8_dequantize, fp8_quantize
+from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits, distance
+from deepseek_kernels.triton_kernels.fp8_grouped_matmul import fp8_grouped_matmul
+
+BACKENDS = ("reference", "triton")
+
+
+def offsets(*ends) -> torch.Tensor:
+    return torch.tensor([0, *ends], dtype=torch.int32)
+
+
+def operands(rows: int, n: int, k: int, num_experts: int):
+    """x, weights and their quantised forms a, scale_a, b, scale_b."""
+    x, weights = torch.randn(rows, k), torch.randn(num_experts, n, k) * torch.rand(num_experts, 1, 1)
+    quantized = [fp8_quantize(w, "128x128") for w in weights]
+    return (
+        x,
+        weights,
+        (*fp8_quantize(x), torch.stack([q for q, _ in quantized]), torch.stack([s for _, s in quantized])),
+    )
+
+
+def exact(a, scale_a, b, scale_b, expert_offsets) -> torch.Tensor:
+    """The definition on the dequantised operands in float64."""
+    x = fp8_dequantize(a, scale_a).double()
+    d = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64)
+    for e in range(b.shape[0]):
+        rows = slice(int(expert_offsets[e]), int(expert_offsets[e + 1]))
+        d[rows] = x[rows] @ fp8_dequantize(b[e], scale_b[e], "128x128").double().t()
+    return d
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("num_experts", "n", "k"), [(1, 136, 272), (3, 264, 128), (67, 8, 16)])
+def test_against_the_dequantised_operands(backend, num_experts, n, k):
+    _, _, q = operands(50, n, k, num_experts)
+    ends = offsets(*torch.randint(0, 48, (num_experts,)).sort().values.tolist())
+    with dk.use_backend(backend):
+        for dtype in (torch.bfloat16, torch.float32):
+            d = dk.fp8_grouped_matmul(*q, ends, out_dtype=dtype)
+            assert d.dtype == dtype
+            assert_close(d, exact(*q, ends), MATMUL)
+
+
+def test_against_the_unquantised_operands():
+    x, weights, q = operands(60, 128, 512, 2)
+    d = dk.fp8_grouped_matmul(*q, offsets(25, 60))
+    expected = torch.cat([x[:25] @ weights[0].t(), x[25:] @ weights[1].t()])
+    assert distance(d, expected) < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_scale_meets_its_block(backend):
+    """Operands of ones: the result is the sum of the products of scales, all different powers of two."""
+    a = torch.ones(4, 272).to(torch.float8_e4m3fn)
+    b = torch.ones(2, 136, 272).to(torch.float8_e4m3fn)
+    scale_a = 2.0 ** torch.arange(12.0).view(4, 3)
+    scale_b = 2.0 ** -torch.arange(12.0).view(2, 2, 3)
+    with dk.use_backend(backend):
+        d = dk.fp8_grouped_matmul(a, scale_a, b, scale_b, offsets(1, 4), out_dtype=torch.float32)
+    width = torch.tensor([128.0, 128.0, 16.0])
+    for r, e in enumerate((0, 1, 1, 1)):
+        for j, columns in enumerate((slice(0, 128), slice(128, 136))):
+            assert (d[r, columns] == (scale_a[r] * scale_b[e, j] * width).sum()).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_where_it_is(backend):
+    _, _, (a, scale_a, b, scale_b) = operands(30, 16, 144, 3)
+    b[1].view(torch.uint8).fill_(0x7F)
+    scale_a[4, 1] = float("nan")
+    scale_a[25:] = float("inf")
+    a[25:].view(torch.uint8).fill_(0xFF)
+    with dk.use_backend(backend):
+        d = dk.fp8_grouped_matmul(a, scale_a, b, scale_b, offsets(10, 17, 25))
+    row = torch.arange(30)
+    assert torch.equal(d.isnan().all(1), (row == 4) | ((row >= 10) & (row < 17)))
+    assert torch.equal(d.isnan().any(1), d.isnan().all(1))
+    assert not d[25:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_out_of_range(backend):
+    _, _, q = operands(20, 16, 32, 3)
+    with dk.use_backend(backend):
+        for bad, read_as in (([-9, 4, 2, 900], [0, 4, 4, 20]), ([2**31 - 1, 0, 0, 0], [20] * 4)):
+            d = dk.fp8_grouped_matmul(*q, torch.tensor(bad, dtype=torch.int32))
+            assert_same_bits(d, dk.fp8_grouped_matmul(*q, torch.tensor(read_as, dtype=torch.int32)))
+
+
+def test_both_ways_to_read_e4m3_agree():
+    """The kernel with e4m3 operands, and the one that decodes them to bf16 for sm_80: products of both are exact."""
+    _, _, q = operands(37, 40, 256, 2)
+    for native in (False, True):
+        config = plan.replace(plan.CPU_CONFIG, native_fp8=native)
+        d = torch.empty(37, 40)
+        fp8_grouped_matmul(config, *q, offsets(20, 37), d)
+        assert_close(d, exact(*q, offsets(20, 37)), MATMUL)
+
+
+@pytest.mark.parametrize("device", GPUS.values(), ids=lambda d: d.name)
+def test_every_problem_has_a_legal_config(device):
+    for rows in (1, 20, 640, 32768, 1_000_000):
+        for num_experts, n, k in ((1, 8, 16), (256, 4096, 7168), (1000, 7168, 2048)):
+            p = plan.Problem(rows, n, k, num_experts)
+            c = plan.select(p, device, "triton")
+            assert not plan.is_legal(c, p, device)
+            assert plan.shared_memory(c, p) <= device.shared_memory
+            assert 128 % c.block_n == 0
+            assert c.native_fp8 == (device.arch >= 89)
+
+
+def test_tile_follows_rows_and_hardware():
+    decode, prefill = plan.Problem(32, 4096, 7168, 32), plan.Problem(32768, 4096, 7168, 8)
+    assert plan.select(decode, A100, "triton").block_m == 16
+    assert plan.select(decode, L40S, "triton").block_m == 16
+    assert plan.select(decode, H100, "triton").block_m == 64, "wgmma has no FP8 below 64 rows"
+    large = plan.select(prefill, H100, "triton")
+    assert (large.block_m, large.block_n) == (128, 128)
+
+
+def test_scales_are_counted():
+    p = plan.Problem(100, 136, 272, 4)
+    weights = 4 * (136 * 272 + 4 * 2 * 3)
+    assert plan.bytes(p) == 100 * (272 + 4 * 3) + weights + 100 * 136 * 2 + 4 * 5
+    assert plan.flops(p) == 2 * 100 * 136 * 272
