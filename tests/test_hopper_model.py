@@ -76,18 +76,18 @@ def transposed(rows):
 def run_quantize(model, x, granularity, *, pow2_scale=False, mn_major=False, ld_pad=0, offset=0):
     (m, k), (block_m, block_k) = x.shape, BLOCKS[granularity]
     rows, columns = -(-m // block_m), -(-k // block_k)
-    with harness.Arena(model) as arena:
-        xs = arena.copy("x", x, stride=(k + ld_pad, 1), offset=offset)
-        q = arena.empty("q", (m, k), FP8, stride=(k + ld_pad, 1), offset=offset)
-        scale = arena.empty("scale", (rows, columns), torch.float32, stride=transposed(rows) if mn_major else None)
-        model.fp8_quantize(
-            x=xs.data_ptr(), q=q.data_ptr(), scale=scale.data_ptr(), m=m, k=k, dtype=DTYPES[x.dtype],
-            block_m=block_m, block_k=block_k, ldx=xs.stride(0), ldq=q.stride(0), scale_stride_m=scale.stride(0),
-            scale_stride_k=scale.stride(1), pow2_scale=pow2_scale, stream=0,
-        )  # fmt: skip
-        want_q, want_scale = reference_quantize(x, granularity, pow2_scale)
-        assert_same_bits(scale, want_scale)
-        assert_same_bits(q, want_q)
+    guarded = harness.Guarded(model)
+    xs = guarded.copy("x", x, stride=(k + ld_pad, 1), offset=offset)
+    q = guarded.empty("q", (m, k), FP8, stride=(k + ld_pad, 1), offset=offset)
+    scale = guarded.empty("scale", (rows, columns), torch.float32, stride=transposed(rows) if mn_major else None)
+    model.fp8_quantize(
+        x=xs.data_ptr(), q=q.data_ptr(), scale=scale.data_ptr(), m=m, k=k, dtype=DTYPES[x.dtype],
+        block_m=block_m, block_k=block_k, ldx=xs.stride(0), ldq=q.stride(0), scale_stride_m=scale.stride(0),
+        scale_stride_k=scale.stride(1), pow2_scale=pow2_scale, stream=0,
+    )  # fmt: skip
+    want_q, want_scale = reference_quantize(x, granularity, pow2_scale)
+    assert_same_bits(scale, want_scale)
+    assert_same_bits(q, want_q)
 
 
 QUANTIZE_SHAPES = [(1, 128), (7, 1000), (63, 5), (130, 264), (200, 144)]
@@ -169,10 +169,10 @@ def expected_rows(x, to_pos, num_rows):
     return out
 
 
-def maps_arguments(arena, to_pos, to_entry):
+def maps_arguments(guarded, to_pos, to_entry):
     return dict(
-        token_topk_to_pos=arena.copy("token_topk_to_pos", to_pos).data_ptr(),
-        pos_to_token_topk=arena.copy("pos_to_token_topk", to_entry).data_ptr(),
+        token_topk_to_pos=guarded.copy("token_topk_to_pos", to_pos).data_ptr(),
+        pos_to_token_topk=guarded.copy("pos_to_token_topk", to_entry).data_ptr(),
         num_tokens=to_pos.shape[0], top_k=to_pos.shape[1], num_rows=to_entry.shape[0],
     )  # fmt: skip
 
@@ -180,56 +180,56 @@ def maps_arguments(arena, to_pos, to_entry):
 def run_permute(model, x, scale, to_pos, to_entry, *, ld_pad=0, offset=0):
     (_, hidden), num_rows = x.shape, to_entry.shape[0]
     columns = 0 if scale is None else scale.shape[1]
-    with harness.Arena(model) as arena:
-        xs = arena.copy("x", x, stride=(hidden + ld_pad, 1), offset=offset)
-        out = arena.empty("out", (num_rows, hidden), x.dtype, stride=(hidden + ld_pad, 1), offset=offset)
-        scales = arena.copy("scale", scale, stride=(1, x.shape[0])) if columns else None
-        out_scale = arena.empty("out_scale", (num_rows, columns), torch.float32) if columns else None
-        model.moe_permute(
-            **maps_arguments(arena, to_pos, to_entry), x=xs.data_ptr(), out=out.data_ptr(),
-            scale=scales.data_ptr() if columns else 0, out_scale=out_scale.data_ptr() if columns else 0,
-            row_bytes=hidden * x.element_size(), ldx_bytes=xs.stride(0) * x.element_size(),
-            ld_out_bytes=out.stride(0) * x.element_size(), scale_columns=columns,
-            scale_stride_t=1, scale_stride_s=x.shape[0], out_scale_stride_r=columns, out_scale_stride_s=1, stream=0,
-        )  # fmt: skip
-        assert_same_bits(out, expected_rows(x, to_pos, num_rows))
-        if columns:
-            assert_same_bits(out_scale, expected_rows(scale, to_pos, num_rows))
+    guarded = harness.Guarded(model)
+    xs = guarded.copy("x", x, stride=(hidden + ld_pad, 1), offset=offset)
+    out = guarded.empty("out", (num_rows, hidden), x.dtype, stride=(hidden + ld_pad, 1), offset=offset)
+    scales = guarded.copy("scale", scale, stride=(1, x.shape[0])) if columns else None
+    out_scale = guarded.empty("out_scale", (num_rows, columns), torch.float32) if columns else None
+    model.moe_permute(
+        **maps_arguments(guarded, to_pos, to_entry), x=xs.data_ptr(), out=out.data_ptr(),
+        scale=scales.data_ptr() if columns else 0, out_scale=out_scale.data_ptr() if columns else 0,
+        row_bytes=hidden * x.element_size(), ldx_bytes=xs.stride(0) * x.element_size(),
+        ld_out_bytes=out.stride(0) * x.element_size(), scale_columns=columns,
+        scale_stride_t=1, scale_stride_s=x.shape[0], out_scale_stride_r=columns, out_scale_stride_s=1, stream=0,
+    )  # fmt: skip
+    assert_same_bits(out, expected_rows(x, to_pos, num_rows))
+    if columns:
+        assert_same_bits(out_scale, expected_rows(scale, to_pos, num_rows))
 
 
 def run_permute_quantize(model, x, to_pos, to_entry, *, pow2_scale=False, offset=0):
     (_, hidden), num_rows = x.shape, to_entry.shape[0]
-    with harness.Arena(model) as arena:
-        xs = arena.copy("x", x, offset=offset)
-        out = arena.empty("out", (num_rows, hidden), FP8, offset=offset)
-        out_scale = arena.empty("out_scale", (num_rows, -(-hidden // 128)), torch.float32)
-        model.moe_permute_quantize(
-            **maps_arguments(arena, to_pos, to_entry), x=xs.data_ptr(), out=out.data_ptr(),
-            out_scale=out_scale.data_ptr(), hidden=hidden, dtype=DTYPES[x.dtype], ldx=hidden, ld_out=hidden,
-            out_scale_stride_r=out_scale.stride(0), out_scale_stride_s=1, pow2_scale=pow2_scale, stream=0,
-        )  # fmt: skip
-        q, scale = reference_quantize(x, "1x128", pow2_scale)
-        assert_same_bits(out, expected_rows(q.view(torch.uint8), to_pos, num_rows).view(FP8))
-        assert_same_bits(out_scale, expected_rows(scale, to_pos, num_rows))
+    guarded = harness.Guarded(model)
+    xs = guarded.copy("x", x, offset=offset)
+    out = guarded.empty("out", (num_rows, hidden), FP8, offset=offset)
+    out_scale = guarded.empty("out_scale", (num_rows, -(-hidden // 128)), torch.float32)
+    model.moe_permute_quantize(
+        **maps_arguments(guarded, to_pos, to_entry), x=xs.data_ptr(), out=out.data_ptr(),
+        out_scale=out_scale.data_ptr(), hidden=hidden, dtype=DTYPES[x.dtype], ldx=hidden, ld_out=hidden,
+        out_scale_stride_r=out_scale.stride(0), out_scale_stride_s=1, pow2_scale=pow2_scale, stream=0,
+    )  # fmt: skip
+    q, scale = reference_quantize(x, "1x128", pow2_scale)
+    assert_same_bits(out, expected_rows(q.view(torch.uint8), to_pos, num_rows).view(FP8))
+    assert_same_bits(out_scale, expected_rows(scale, to_pos, num_rows))
 
 
 def run_unpermute(model, y, weights, to_pos, *, ld_pad=0, offset=0):
     (num_rows, hidden), num_tokens = y.shape, to_pos.shape[0]
-    with harness.Arena(model) as arena:
-        ys = arena.copy("y", y, stride=(hidden + ld_pad, 1), offset=offset)
-        out = arena.empty("out", (num_tokens, hidden), y.dtype, stride=(hidden + ld_pad, 1), offset=offset)
-        arguments = maps_arguments(arena, to_pos, torch.empty(num_rows, dtype=torch.int32))
-        del arguments["pos_to_token_topk"]
-        model.moe_unpermute(
-            **arguments, y=ys.data_ptr(), weights=0 if weights is None else arena.copy("weights", weights).data_ptr(),
-            out=out.data_ptr(), hidden=hidden, dtype=DTYPES[y.dtype], ldy=ys.stride(0), ld_out=out.stride(0), stream=0,
-        )  # fmt: skip
-        want = torch.zeros(num_tokens, hidden)
-        for token, k in itertools.product(range(num_tokens), range(to_pos.shape[1])):
-            if 0 <= to_pos[token, k] < num_rows:
-                weight = 1.0 if weights is None else weights[token, k].double()
-                want[token] = (want[token].double() + weight * y[to_pos[token, k]].double()).float()
-        assert_same_bits(out, want.to(y.dtype))
+    guarded = harness.Guarded(model)
+    ys = guarded.copy("y", y, stride=(hidden + ld_pad, 1), offset=offset)
+    out = guarded.empty("out", (num_tokens, hidden), y.dtype, stride=(hidden + ld_pad, 1), offset=offset)
+    arguments = maps_arguments(guarded, to_pos, torch.empty(num_rows, dtype=torch.int32))
+    del arguments["pos_to_token_topk"]
+    model.moe_unpermute(
+        **arguments, y=ys.data_ptr(), weights=0 if weights is None else guarded.copy("weights", weights).data_ptr(),
+        out=out.data_ptr(), hidden=hidden, dtype=DTYPES[y.dtype], ldy=ys.stride(0), ld_out=out.stride(0), stream=0,
+    )  # fmt: skip
+    want = torch.zeros(num_tokens, hidden)
+    for token, k in itertools.product(range(num_tokens), range(to_pos.shape[1])):
+        if 0 <= to_pos[token, k] < num_rows:
+            weight = 1.0 if weights is None else weights[token, k].double()
+            want[token] = (want[token].double() + weight * y[to_pos[token, k]].double()).float()
+    assert_same_bits(out, want.to(y.dtype))
 
 
 MOE_SHAPES = [(1, 1, 8), (7, 3, 40), (5, 8, 136), (3, 6, 2100)]  # tokens, top_k, hidden
@@ -321,21 +321,21 @@ def run_matmul(
     if bias_dtype is not None:
         bias = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(bias_dtype)
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    with harness.Arena(model) as arena:
-        a = arena.copy("a", a, stride=(k + ld_pad, 1))
-        b = arena.copy("b", b, stride=(k + ld_pad, 1))
-        scale_a = arena.copy("scale_a", scale_a, stride=transposed(m) if mn_major else None)
-        scale_b = arena.copy("scale_b", scale_b)
-        d = arena.empty("d", (m, n), out_dtype, stride=(n + ld_pad, 1))
-        model.fp8_matmul(
-            a=a.data_ptr(), scale_a=scale_a.data_ptr(), b=b.data_ptr(), scale_b=scale_b.data_ptr(), d=d.data_ptr(),
-            bias=0 if bias_dtype is None else arena.copy("bias", bias).data_ptr(), m=m, n=n, k=k, lda=a.stride(0),
-            ldb=b.stride(0), ldd=d.stride(0), scale_a_stride_m=scale_a.stride(0), scale_a_stride_k=scale_a.stride(1),
-            scale_b_stride_n=scale_b.stride(0), scale_b_stride_k=scale_b.stride(1), out_dtype=DTYPES[out_dtype],
-            bias_dtype=DTYPES[bias_dtype or out_dtype], tile_m=tile[0], tile_n=tile[1], stages=stages, cluster=cluster,
-            raster=raster, ctas=ctas, stream=0,
-        )  # fmt: skip
-        error = (d.double() - exact).abs()
+    guarded = harness.Guarded(model)
+    a = guarded.copy("a", a, stride=(k + ld_pad, 1))
+    b = guarded.copy("b", b, stride=(k + ld_pad, 1))
+    scale_a = guarded.copy("scale_a", scale_a, stride=transposed(m) if mn_major else None)
+    scale_b = guarded.copy("scale_b", scale_b)
+    d = guarded.empty("d", (m, n), out_dtype, stride=(n + ld_pad, 1))
+    model.fp8_matmul(
+        a=a.data_ptr(), scale_a=scale_a.data_ptr(), b=b.data_ptr(), scale_b=scale_b.data_ptr(), d=d.data_ptr(),
+        bias=0 if bias_dtype is None else guarded.copy("bias", bias).data_ptr(), m=m, n=n, k=k, lda=a.stride(0),
+        ldb=b.stride(0), ldd=d.stride(0), scale_a_stride_m=scale_a.stride(0), scale_a_stride_k=scale_a.stride(1),
+        scale_b_stride_n=scale_b.stride(0), scale_b_stride_k=scale_b.stride(1), out_dtype=DTYPES[out_dtype],
+        bias_dtype=DTYPES[bias_dtype or out_dtype], tile_m=tile[0], tile_n=tile[1], stages=stages, cluster=cluster,
+        raster=raster, ctas=ctas, stream=0,
+    )  # fmt: skip
+    error = (d.double() - exact).abs()
     step = exact.abs() / 256 if out_dtype == torch.bfloat16 else 0
     wrong = ~(error <= step + 1e-5 * magnitude)
     assert not wrong.any(), f"{int(wrong.sum())} of {m * n} wrong, first at {wrong.nonzero()[0].tolist()}"
@@ -430,14 +430,14 @@ def test_every_planted_bug_is_tested():
 
 def test_writes_past_the_end_are_reported(model):
     model.configure()
-    with harness.Arena(model) as arena:
-        x = arena.copy("x", torch.ones(1, 128))
-        small = arena.empty("too_small", (1, 100), FP8)
-        scale = arena.empty("scale", (1, 1), torch.float32)
-        arguments = dict(x=x.data_ptr(), scale=scale.data_ptr(), m=1, k=128, dtype=0, block_m=1, block_k=128, ldx=128)
-        arguments |= dict(ldq=128, scale_stride_m=1, scale_stride_k=1, pow2_scale=False, stream=0)
-        with pytest.raises(RuntimeError, match="past the end of 'too_small'"):
-            model.fp8_quantize(q=small.data_ptr(), **arguments)
+    guarded = harness.Guarded(model)
+    x = guarded.copy("x", torch.ones(1, 128))
+    small = guarded.empty("too_small", (1, 100), FP8)
+    scale = guarded.empty("scale", (1, 1), torch.float32)
+    arguments = dict(x=x.data_ptr(), scale=scale.data_ptr(), m=1, k=128, dtype=0, block_m=1, block_k=128, ldx=128)
+    arguments |= dict(ldq=128, scale_stride_m=1, scale_stride_k=1, pow2_scale=False, stream=0)
+    with pytest.raises(RuntimeError, match="past the end of 'too_small'"):
+        model.fp8_quantize(q=small.data_ptr(), **arguments)
 
 
 def test_a_seed_replays_exactly(model):

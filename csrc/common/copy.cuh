@@ -4,12 +4,9 @@
 
 namespace deepseek_kernels {
 
-DEVICE_FN uint4 load16(const void* p) {
-  return __ldg(static_cast<const uint4*>(p));
-}
-DEVICE_FN void store16(void* p, uint4 value) {
-  *static_cast<uint4*>(p) = value;
-}
+DEVICE_FN uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+// A plain assignment may be split into four stores.
+DEVICE_FN void store16(void* p, uint4 value) { __stwb(static_cast<uint4*>(p), value); }
 
 template <class T, int kCount>
 struct alignas(16) Pack {
@@ -20,30 +17,40 @@ struct alignas(16) Pack {
   template <bool kWhole>
   DEVICE_FN void load(const T* p, int64_t valid) {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      words[w] = make_uint4(0, 0, 0, 0);
-      if (kWhole && valid > 0) words[w] = load16(reinterpret_cast<const uint4*>(p) + w);
-    }
-    if (kWhole) return;
+    for (int w = 0; w < kWords; ++w) words[w] = make_uint4(0, 0, 0, 0);
+    if constexpr (kWhole) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (i < valid) elements()[i] = p[i];
+      for (int w = 0; w < kWords; ++w)
+        if (valid > 0) words[w] = load16(reinterpret_cast<const uint4*>(p) + w);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (i < valid) elements()[i] = p[i];
+    }
   }
 
   template <bool kWhole>
   DEVICE_FN void store(T* p, int64_t valid) const {
-    if (kWhole) {
-      if (valid <= 0) return;
+    if constexpr (kWhole) {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) store16(reinterpret_cast<uint4*>(p) + w, words[w]);
-      return;
+      for (int w = 0; w < kWords; ++w)
+        if (valid > 0) store16(reinterpret_cast<uint4*>(p) + w, words[w]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (i < valid) p[i] = elements()[i];
     }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (i < valid) p[i] = elements()[i];
   }
 
-  DEVICE_FN T& operator[](int i) { return elements()[i]; }
+  // What was made of the elements so far is to be made again, not kept in registers, where it takes up more room.
+  DEVICE_FN void forget() {
+#if defined(__CUDACC__)
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+      asm volatile("" : "+r"(words[w].x), "+r"(words[w].y), "+r"(words[w].z), "+r"(words[w].w));
+#endif
+  }
+
   DEVICE_FN T operator[](int i) const { return elements()[i]; }
 
  private:

@@ -6,29 +6,26 @@
 
 namespace deepseek_kernels {
 
-DEVICE_FN float to_float(float x) {
-  return x;
-}
-DEVICE_FN float to_float(__half x) {
-  return __half2float(x);
-}
-DEVICE_FN float to_float(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
+DEVICE_FN float to_float(float x) { return x; }
+DEVICE_FN float to_float(__half x) { return __half2float(x); }
+DEVICE_FN float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
+// As many elements of x as 4 bytes hold, rounded to nearest even.
 template <class T>
-DEVICE_FN T from_float(float x);
+DEVICE_FN uint32_t to_word(const float* x);
 template <>
-DEVICE_FN float from_float<float>(float x) {
-  return x;
+DEVICE_FN uint32_t to_word<float>(const float* x) {
+  return __float_as_uint(x[0]);
 }
 template <>
-DEVICE_FN __half from_float<__half>(float x) {
-  return __float2half_rn(x);
+DEVICE_FN uint32_t to_word<__half>(const float* x) {
+  const __half2 pair = __floats2half2_rn(x[0], x[1]);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
 template <>
-DEVICE_FN __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
+DEVICE_FN uint32_t to_word<__nv_bfloat16>(const float* x) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 // Round to nearest even; beyond +-448 saturates; NaN becomes 0x7F.

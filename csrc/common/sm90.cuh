@@ -19,14 +19,10 @@ struct TensorMap {
   CUtensorMap map;
 };
 #include "sm90_wgmma.inc"
-__device__ __forceinline__ uint32_t smem_u32(const void* p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
+__device__ __forceinline__ uint32_t smem_u32(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 #else
 using TensorMap = model::TensorMap;
-inline uint32_t smem_u32(const void* p) {
-  return model::smem_addr(p);
-}
+inline uint32_t smem_u32(const void* p) { return model::smem_addr(p); }
 #endif
 
 // ---- mbarrier ----

@@ -15,9 +15,7 @@ struct TensorMapShape {
   sm90::Swizzle swizzle;
 };
 
-inline int size_of(Element element) {
-  return element == Element::kE4m3 ? 1 : element == Element::kBf16 ? 2 : 4;
-}
+inline int size_of(Element element) { return element == Element::kE4m3 ? 1 : element == Element::kBf16 ? 2 : 4; }
 
 #if defined(__CUDACC__)
 inline auto tensor_map_encoder() {

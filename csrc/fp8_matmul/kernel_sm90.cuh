@@ -141,9 +141,7 @@ DEVICE_FN float bias_at(const Fp8MatmulParams& p, int column) {
                                       : to_float(static_cast<const __nv_bfloat16*>(p.bias)[column]);
 }
 
-DEVICE_FN void store_pair(float* p, float x, float y) {
-  *reinterpret_cast<float2*>(p) = make_float2(x, y);
-}
+DEVICE_FN void store_pair(float* p, float x, float y) { *reinterpret_cast<float2*>(p) = make_float2(x, y); }
 DEVICE_FN void store_pair(__nv_bfloat16* p, float x, float y) {
   *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(x, y);
 }

@@ -61,9 +61,7 @@ using Instances = Compiled<Config<Bf16, 128, 128, 5, 1>, Config<Bf16, 128, 128, 
 
 }  // namespace
 
-std::vector<Fp8MatmulInstance> fp8_matmul_instances() {
-  return Instances::instances();
-}
+std::vector<Fp8MatmulInstance> fp8_matmul_instances() { return Instances::instances(); }
 
 void launch_fp8_matmul(const Fp8MatmulParams& p) {
   if (p.m == 0 || p.n == 0) return;

@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Fp8QuantizeParams p) {
   for (int i = 0; i < kPasses; ++i)
     x[i].template load<kWhole>(static_cast<const T*>(p.x) + row_of(i) * p.ldx + column, valid(i));
   auto store = [&](int pass, const auto& divisor) {
+    x[pass].forget();
     to_e4m3(x[pass], divisor)
         .template store<kWhole>(static_cast<uint8_t*>(p.q) + row_of(pass) * p.ldq + column, valid(pass));
   };

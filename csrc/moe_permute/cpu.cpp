@@ -1,6 +1,7 @@
 // The maths of kernel.cuh, for CPU tensors.
 //
-// permute:   row-parallel: each thread fills a run of output rows from pos_to_token_topk, so every byte of the output is
+// permute:   row-parallel: each thread fills a run of output rows from pos_to_token_topk, so every byte of the output
+// is
 //            written once, in order, by one thread (fresh pages are faulted in by the thread that writes them).
 // unpermute: token-parallel: a chunk of columns of one token is summed in registers over k, then stored.
 // Bytes:     as in kernel.cuh; at R*H*b of 128 MiB the time is page faults if the output is fresh.
@@ -14,7 +15,9 @@ namespace {
 
 constexpr int64_t kBytesPerRun = 64 * 1024;  // less than this is not worth waking a thread for
 
-inline int64_t rows_per_run(int64_t row_bytes) { return row_bytes >= kBytesPerRun ? 1 : kBytesPerRun / (row_bytes + 1) + 1; }
+inline int64_t rows_per_run(int64_t row_bytes) {
+  return row_bytes >= kBytesPerRun ? 1 : kBytesPerRun / (row_bytes + 1) + 1;
+}
 
 template <Dtype kDtype>
 void sum_rows(const MoeUnpermuteParams& p, int64_t t) {

@@ -130,9 +130,10 @@ __global__ void __launch_bounds__(kThreads) unpermute(const MoeUnpermuteParams p
       for (int j = 0; j < kCount; ++j) sum[j] = __fmaf_rn(weight, to_float(y[i][j]), sum[j]);
     }
   }
+  constexpr int kPerWord = 4 / sizeof(T);
   Pack<T, kCount> out;
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) out[j] = from_float<T>(sum[j]);
+  out.words[0] = make_uint4(to_word<T>(sum), to_word<T>(sum + kPerWord), to_word<T>(sum + 2 * kPerWord),
+                            to_word<T>(sum + 3 * kPerWord));
   out.template store<kWhole>(static_cast<T*>(p.out) + token * p.ld_out + column, columns_left);
 }
 

@@ -17,9 +17,7 @@ LaunchConfig grid_of(int64_t rows, int64_t row, int64_t per_thread, void* stream
   return config;
 }
 
-int64_t permute_ctas(const MoeMaps& maps) {
-  return maps.num_tokens + ceil_div<int64_t>(maps.num_rows, kRowsPerCta);
-}
+int64_t permute_ctas(const MoeMaps& maps) { return maps.num_tokens + ceil_div<int64_t>(maps.num_rows, kRowsPerCta); }
 
 template <class T>
 void launch_quantize(const MoePermuteQuantizeParams& p) {

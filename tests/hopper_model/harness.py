@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import weakref
 from pathlib import Path
 
 import torch
@@ -70,7 +71,13 @@ def _ninja_file(cxx: str) -> str:
     for folder in (pybind11.get_include(), sysconfig.get_paths()["include"], cuda_include()):
         include += ["-isystem", str(folder)]
     common = ["-std=c++17", "-fPIC", "-march=x86-64-v3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
-    common += ["-Wno-unknown-pragmas", "-DDEEPSEEK_KERNELS_MODEL=1", "-DDEEPSEEK_KERNELS_CUDA=1"]
+    # Kernels look at memory through several types, which nvcc lets them do.
+    common += [
+        "-fno-strict-aliasing",
+        "-Wno-unknown-pragmas",
+        "-DDEEPSEEK_KERNELS_MODEL=1",
+        "-DDEEPSEEK_KERNELS_CUDA=1",
+    ]
     common += ["-DDEEPSEEK_KERNELS_SM90A=1", '-DDEEPSEEK_KERNELS_ARCHS="90a"', *include]
     kernels = sorted(ROOT.glob("csrc/*/launch.cu"))
     lines = [f"cxx = {cxx}", RULES]
@@ -124,42 +131,34 @@ def load():
     return module
 
 
-class Arena:
-    """Tensors in the model's guarded memory: a byte past the end is reported, unwritten bytes are NaN."""
+class Guarded:
+    """Makes tensors in the model's guarded memory: a byte past the end is reported, unwritten bytes are NaN.
+
+    The memory stays as long as this object, and as long as its tensor.
+    """
 
     def __init__(self, model):
         self._model = model
-        self._addresses = []
+        self._memory = []
 
     def empty(self, name: str, shape, dtype: torch.dtype, *, stride=None, offset: int = 0) -> torch.Tensor:
-        """A tensor that ends where its memory ends, `offset` elements after a multiple of 16 bytes at the most."""
+        """A tensor that ends where its memory ends, `offset` elements after a multiple of 16 bytes."""
         shape = tuple(shape)
         stride = stride or torch.empty(shape, device="meta").stride()
         size = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))
-        count = size + offset
-        address = self._model.alloc(count * dtype.itemsize, name)
-        self._addresses.append(address)
-        if count == 0:
+        if size == 0:
             return torch.empty(shape, dtype=dtype)
-        memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+        length = (offset + size) * dtype.itemsize
+        address = self._model.alloc(length, name)
+        memory = type(name, (ctypes.c_char * length,), {}).from_address(address)
+        weakref.finalize(memory, self._model.free, address)  # the tensor's storage keeps `memory`
+        self._memory.append(memory)
         return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).as_strided(shape, stride, offset)
 
     def copy(self, name: str, source: torch.Tensor, *, stride=None, offset: int = 0) -> torch.Tensor:
         target = self.empty(name, source.shape, source.dtype, stride=stride, offset=offset)
-        if source.numel():
-            target.view(_bits(source.dtype)).copy_(source.view(_bits(source.dtype)))
+        target.view(_bits(source.dtype)).copy_(source.view(_bits(source.dtype)))
         return target
-
-    def close(self) -> None:
-        for address in self._addresses:
-            self._model.free(address)
-        self._addresses.clear()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
 
 def _bits(dtype: torch.dtype) -> torch.dtype:

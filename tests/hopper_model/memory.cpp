@@ -52,15 +52,19 @@ std::string describe_address(const void* address) {
 }
 
 std::string overrun() {
-  auto untouched = [](const char* from, const char* to) {
-    return std::all_of(from, to, [](char c) { return c == -1; });
+  // Refills what it finds written, so that one overrun is reported once.
+  auto written = [](char* from, char* to) {
+    if (std::all_of(from, to, [](char c) { return c == -1; })) return false;
+    memset(from, 0xFF, size_t(to - from));
+    return true;
   };
+  std::string report;
   for (auto& r : g_regions) {
-    if (!untouched(r.map + kGuard, r.data)) return "bytes before '" + r.name + "' were written";
-    if (!untouched(r.data + r.bytes, r.map + r.len - kGuard))
-      return "bytes past the end of '" + r.name + "' were written";
+    if (written(r.map + kGuard, r.data)) report = "bytes before '" + r.name + "' were written";
+    if (written(r.data + r.bytes, r.map + r.len - kGuard))
+      report = "bytes past the end of '" + r.name + "' were written";
   }
-  return "";
+  return report;
 }
 
 TensorMap make_tensor_map_2d(const void* base, uint32_t elem, uint64_t inner, uint64_t outer, uint64_t stride,
@@ -84,9 +88,7 @@ uint32_t smem_addr(const void* p) {
   if (q < c->smem || q >= c->smem + g->launch.smem) fail("pointer is not into this CTA's shared memory");
   return uint32_t(q - c->smem) + kSmemBase;
 }
-void debug_name(const void* p, const char* name, int i) {
-  g->cur->cta->names[smem_addr(p)] = str("%s[%d]", name, i);
-}
+void debug_name(const void* p, const char* name, int i) { g->cur->cta->names[smem_addr(p)] = str("%s[%d]", name, i); }
 std::string name_of(Cta* c, uint32_t a) {
   auto it = c->names.find(a);
   return it != c->names.end() ? it->second : str("smem+0x%x", a - kSmemBase);

@@ -103,12 +103,8 @@ uint32_t ballot(uint32_t mask, bool vote);
 }  // namespace model
 
 // ---- CUDA built-ins ----
-inline void __syncthreads() {
-  model::named_barrier_sync(0, int(blockDim.x));
-}
-inline void __syncwarp(uint32_t mask = 0xffffffffu) {
-  model::shuffle(mask, 0, threadIdx.x % 32);
-}
+inline void __syncthreads() { model::named_barrier_sync(0, int(blockDim.x)); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu) { model::shuffle(mask, 0, threadIdx.x % 32); }
 template <class T>
 T model_shfl(uint32_t mask, T v, int src) {
   static_assert(sizeof(T) <= 8);
@@ -136,24 +132,18 @@ T __shfl_down_sync(uint32_t m, T v, int d) {
   const int lane = threadIdx.x % 32;
   return model_shfl(m, v, lane + d < 32 ? lane + d : lane);
 }
-inline uint32_t __ballot_sync(uint32_t m, int vote) {
-  return model::ballot(m, vote != 0);
-}
-inline int __any_sync(uint32_t m, int vote) {
-  return model::ballot(m, vote != 0) != 0;
-}
-inline int __all_sync(uint32_t m, int vote) {
-  return model::ballot(m, vote == 0) == 0;
-}
-inline int __popc(uint32_t x) {
-  return __builtin_popcount(x);
-}
-inline int __ffs(uint32_t x) {
-  return __builtin_ffs(int(x));
-}
+inline uint32_t __ballot_sync(uint32_t m, int vote) { return model::ballot(m, vote != 0); }
+inline int __any_sync(uint32_t m, int vote) { return model::ballot(m, vote != 0) != 0; }
+inline int __all_sync(uint32_t m, int vote) { return model::ballot(m, vote == 0) == 0; }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
 template <class T>
 T __ldg(const T* p) {
   return *p;
+}
+template <class T>
+void __stwb(T* p, T v) {
+  *p = v;
 }
 template <class T>
 T atomicAdd(T* p, T v) {
@@ -171,18 +161,8 @@ inline float __uint_as_float(uint32_t u) {
   std::memcpy(&x, &u, 4);
   return x;
 }
-inline float __fmul_rn(float a, float b) {
-  return a * b;
-}  // built with -ffp-contract=off
-inline float __fadd_rn(float a, float b) {
-  return a + b;
-}
-inline float __fdiv_rn(float a, float b) {
-  return a / b;
-}
-inline float __frcp_rn(float a) {
-  return 1.f / a;
-}
-inline float __fmaf_rn(float a, float b, float c) {
-  return std::fma(a, b, c);
-}
+inline float __fmul_rn(float a, float b) { return a * b; }  // built with -ffp-contract=off
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.f / a; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }

@@ -56,12 +56,8 @@ void fail_str(const std::string& what) {
   siglongjmp(g_escape, 1);  // from an event, on the main stack
 }
 
-size_t warp_of(Fiber* f) {
-  return (f->cta->rank * g->launch.threads + f->tid) / 32;
-}
-void make_ready(Fiber* f) {
-  (g->stalled[warp_of(f)] ? g->held : g->ready).push_back(f);
-}
+size_t warp_of(Fiber* f) { return (f->cta->rank * g->launch.threads + f->tid) / 32; }
+void make_ready(Fiber* f) { (g->stalled[warp_of(f)] ? g->held : g->ready).push_back(f); }
 // Now and then a random set of warps stops until nobody else can run: long skews find missing barriers.
 void new_stalls() {
   const uint64_t odds = g->rnd(3) ? 4 : 1000000;
@@ -328,8 +324,6 @@ std::string run(const Launch& launch, const std::function<void()>& body) {
   return report.empty() ? overrun() : report;
 }
 
-uint8_t* dynamic_smem() {
-  return g->cur->cta->smem;
-}
+uint8_t* dynamic_smem() { return g->cur->cta->smem; }
 
 }  // namespace model

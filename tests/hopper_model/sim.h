@@ -155,9 +155,7 @@ std::string name_of(Cta* c, uint32_t a);
 uint32_t swizzled(uint32_t a, uint32_t span);
 void check_smem(uint32_t lo, uint32_t hi, const char* what);
 void check_fenced(Cta* c, uint32_t lo, uint32_t hi, const char* what);
-inline bool overlap(uint32_t lo, uint32_t hi, uint32_t lo2, uint32_t hi2) {
-  return lo < hi2 && lo2 < hi;
-}
+inline bool overlap(uint32_t lo, uint32_t hi, uint32_t lo2, uint32_t hi2) { return lo < hi2 && lo2 < hi; }
 
 // transfers.cpp, wgmma.cpp
 void run_load(Event& e);

@@ -206,9 +206,7 @@ void tma_store_2d(const void* src, const TensorMap& map, int x, int y) {
   e.store = s;
   g->events.push_back(std::move(e));
 }
-void tma_store_commit() {
-  g->cur->store_groups.push_back(g->cur->stores.size());
-}
+void tma_store_commit() { g->cur->store_groups.push_back(g->cur->stores.size()); }
 void tma_store_wait(int n) {
   Fiber* f = g->cur;
   const size_t upto = f->store_groups.size() > size_t(n) ? f->store_groups[f->store_groups.size() - 1 - n] : 0;

@@ -32,9 +32,7 @@ void cluster_sync() {
   }
   for (uint64_t gen = b.gen; b.gen == gen;) block_on(b.waiters, "waits at cluster_sync");
 }
-uint32_t cluster_rank() {
-  return g->cur->cta->rank;
-}
+uint32_t cluster_rank() { return g->cur->cta->rank; }
 bool elect_one() {
   shuffle(~0u, 0, 0);
   return g->cur->tid % 32 == g->cur->cta->leader[g->cur->tid / 32];

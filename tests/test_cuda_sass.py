@@ -1,0 +1,116 @@
+"""The machine code of every CUDA kernel, read without a GPU: no spills, and the instructions each was written for."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "hopper_model"))
+import harness  # noqa: E402
+
+SHARED_MEMORY = 232448  # bytes a CTA may have on sm_90
+HOPPER_ONLY = sorted(p.parent.name for p in harness.ROOT.glob("csrc/*/kernel_sm90.cuh"))
+PORTABLE = sorted(p.parent.name for p in harness.ROOT.glob("csrc/*/kernel.cuh"))
+CASES = [(op, "90a") for op in HOPPER_ONLY] + [(op, arch) for op in PORTABLE for arch in ("80", "90", "100")]
+
+
+@dataclass
+class Kernel:
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    sass: str
+
+
+def cuobjdump() -> str | None:
+    """From beside nvcc, from PATH, or from Triton's wheel."""
+    folders = [Path(harness.nvcc()).resolve().parent] if harness.nvcc() else []
+    spec = harness.importlib.util.find_spec("triton")
+    if spec and spec.origin:
+        folders.append(Path(spec.origin).parent / "backends/nvidia/bin")
+    found = (folder / "cuobjdump" for folder in folders)
+    return next((str(p) for p in found if os.access(p, os.X_OK)), shutil.which("cuobjdump"))
+
+
+@functools.cache
+def compile_kernels(op: str, arch: str) -> tuple[dict[str, Kernel], str]:
+    """(mangled name -> kernel, what the compiler said)."""
+    nvcc, reader = harness.nvcc(), cuobjdump()
+    if nvcc is None or reader is None:
+        pytest.skip("needs nvcc" if nvcc is None else "needs cuobjdump: beside nvcc or in the triton wheel")
+    harness.BUILD.mkdir(parents=True, exist_ok=True)
+    cubin = harness.BUILD / f"{op}.sm_{arch}.{os.getpid()}.cubin"
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "--expt-relaxed-constexpr"]
+    command += ["-I", harness.ROOT / "csrc", "-o", cubin, harness.ROOT / "csrc" / op / "launch.cu"]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    try:
+        dump = subprocess.run([reader, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    finally:
+        cubin.unlink()
+    sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", dump, re.S))
+    kernels = {}
+    for part in said.stderr.split("Compiling entry function '")[1:]:
+        name = part.split("'")[0]
+
+        def number(pattern, part=part):
+            found = re.search(pattern, part)
+            return int(found[1]) if found else 0
+
+        kernels[name] = Kernel(
+            number(r"Used (\d+) registers"),
+            number(r"(\d+) bytes stack frame"),
+            number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            number(r"(\d+) bytes smem"),
+            sass[name],
+        )
+    return kernels, said.stderr
+
+
+@pytest.mark.parametrize("op, arch", CASES)
+def test_nothing_spills(op, arch):
+    kernels, said = compile_kernels(op, arch)
+    assert kernels
+    for name, kernel in kernels.items():
+        assert (kernel.stack, kernel.spills) == (0, 0), name
+        assert not re.search(r"\b(LDL|STL)\b", kernel.sass), name
+        assert kernel.shared <= SHARED_MEMORY, name
+    assert "warning" not in said.lower(), said  # serialised wgmma is one
+
+
+@pytest.mark.parametrize("op, arch", [(op, arch) for op, arch in CASES if op in PORTABLE])
+def test_whole_rows_move_in_16_byte_words(op, arch):
+    """The instances for aligned rows (kWhole true, or words of uint4) load and store 128 bits, and store nothing less
+    but scales, which are 32 bits, and the last bytes of a row."""
+    kernels, _ = compile_kernels(op, arch)
+    whole = {name: kernel for name, kernel in kernels.items() if "Lb1E" in name or "uint4" in name}
+    assert len(whole) >= len(kernels) // 2
+    for name, kernel in whole.items():
+        assert re.search(r"\bLDG\.E\.128", kernel.sass), name
+        assert re.search(r"\bSTG\.E\.128", kernel.sass), name
+        if "Lb1E" in name:
+            assert not re.search(r"\bSTG\.E\.(U8|U16|64)", kernel.sass), name
+
+
+def test_fp8_matmul_uses_the_hopper_units():
+    kernels, _ = compile_kernels("fp8_matmul", "90a")
+    multicast = 0
+    for name, kernel in kernels.items():
+        for unit in ("QGMMA", "UTMALDG.2D", "UTMASTG.2D", "USETMAXREG", "LDGSTS", "ARRIVES.LDGSTSBAR"):
+            assert unit in kernel.sass, f"{unit} in {name}"
+        multicast += "UTMALDG.2D.MULTICAST" in kernel.sass
+    assert multicast == 2  # one for each type of d
+
+
+def test_nothing_of_the_planted_bugs_reaches_a_device():
+    harness_only = re.compile(r"\bmodel::")
+    for source in harness.ROOT.glob("csrc/*/*.cu*"):
+        if source.parent.name != "common":
+            assert not harness_only.search(source.read_text()), source
