@@ -63,8 +63,10 @@ DEVICE_FN float fp8_scale(float amax, bool pow2_scale) {
 class Fp8Divisor {
  public:
   Fp8Divisor() = default;
-  DEVICE_FN explicit Fp8Divisor(float divisor)
-      : reciprocal_(__frcp_rn(divisor)), negated_(divisor < INFINITY ? -divisor : 0.f) {}
+  DEVICE_FN explicit Fp8Divisor(float divisor) {
+    reciprocal_ = __frcp_rn(divisor);
+    negated_ = divisor < INFINITY ? -divisor : 0.f;
+  }
 
   DEVICE_FN float divide(float x) const {
     float q = __fmul_rn(x, reciprocal_);
