@@ -42,6 +42,14 @@ def module():
     return extension
 
 
+def cpu():
+    """The submodule of CPU kernels. They take `threads` in place of a stream: pass `torch.get_num_threads()`."""
+    extension, error = _load()
+    if extension is None:
+        raise RuntimeError(error)
+    return extension.cpu
+
+
 def substitute(extension) -> None:
     """Use `extension` (a software model that takes CPU addresses) in place of the compiled module; None ends it."""
     global _substitute, _generation
@@ -67,7 +75,9 @@ def environment() -> Environment:
     ops = frozenset(extension.ops) if extension else frozenset()
     archs = frozenset(map(_arch, extension.architectures)) if extension else frozenset()
     functions = frozenset(f for f in LIBRARY_MATMULS if hasattr(torch.nn.functional, f))
-    return Environment(triton, interpret, ops, archs, _substitute is not None, error, functions)
+    compiled, _ = _load()
+    cpu_ops = frozenset(compiled.cpu.ops) if compiled else frozenset()
+    return Environment(triton, interpret, ops, archs, _substitute is not None, error, functions, cpu_ops)
 
 
 def stream(tensor: torch.Tensor) -> int:

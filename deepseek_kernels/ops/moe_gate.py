@@ -4,7 +4,7 @@ import torch
 
 from ..plan import moe_gate as plan
 from ..reference import moe_gate as reference
-from . import _allocate
+from . import _allocate, _extension
 from . import _checks as checks
 from ._registry import register
 
@@ -102,6 +102,26 @@ def _triton(config, logits, bias, top_k, num_groups, topk_groups, score, normali
     return weights, indices
 
 
+def _cpu(config, logits, bias, top_k, num_groups, topk_groups, score, normalize, scale, mask):
+    num_tokens, num_experts = logits.shape
+    weights = _allocate.empty((num_tokens, top_k), torch.float32, logits.device)
+    indices = _allocate.empty((num_tokens, top_k), torch.int64, logits.device)
+    extension, threads = _extension.cpu(), torch.get_num_threads()
+    size = extension.moe_gate_workspace(num_experts=num_experts, num_groups=num_groups, threads=threads)
+    workspace = _allocate.empty((size,), torch.float32, logits.device)
+    logits = checks.rows(logits)
+    bias = bias.float() if bias is not None else None
+    mask = mask.contiguous() if mask is not None else None
+    extension.moe_gate(
+        logits=logits.data_ptr(), bias=_extension.address(bias), mask=_extension.address(mask),
+        weights=weights.data_ptr(), indices=indices.data_ptr(), workspace=workspace.data_ptr(),
+        num_tokens=num_tokens, num_experts=num_experts, ld_logits=logits.stride(0), top_k=top_k,
+        num_groups=num_groups, topk_groups=topk_groups, score=list(reference.SCORES).index(score),
+        dtype=_extension.dtype_code(logits.dtype), normalize=normalize, scale=scale, threads=threads,
+    )  # fmt: skip
+    return weights, indices
+
+
 def _backward(ctx, grad_weights, grad_indices):
     logits, indices = ctx.saved_tensors
     grad_logits = torch.ops.deepseek_kernels.moe_gate_backward(grad_weights, logits, indices, *ctx.options)
@@ -159,7 +179,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.moe_gate,
-    backends={"triton": _triton},
+    backends={"triton": _triton, "cpu": _cpu},
     backward=_backward,
     setup_context=_context,
 )
@@ -171,5 +191,5 @@ register(
     plan=plan,
     fake=_backward_fake,
     reference=reference.moe_gate_backward,
-    backends={"triton": _backward_triton},
+    backends={"triton": _backward_triton, "cpu": lambda config, *args: reference.moe_gate_backward(*args)},
 )

@@ -5,7 +5,7 @@ import torch
 from ..plan import moe_permute as plan
 from ..reference import moe_permute as reference
 from ..shapes import BLOCK, ceil_div
-from . import _allocate
+from . import _allocate, _extension
 from . import _checks as checks
 from ._maps import MoeMaps
 from ._registry import register
@@ -121,6 +121,21 @@ def _permute_triton(config, x, token_topk_to_pos, pos_to_token_topk, scale, quan
     return out, out_scale
 
 
+def _permute_cpu(config, x, token_topk_to_pos, pos_to_token_topk, scale, quantize):
+    out, out_scale = _permute_outputs(x, pos_to_token_topk, scale, quantize)
+    x = checks.rows(x)
+    row_bytes = x.shape[1] * x.element_size()
+    _extension.cpu().moe_permute(
+        x=x.data_ptr(), scale=_extension.address(scale), pos_to_token_topk=pos_to_token_topk.data_ptr(),
+        out=out.data_ptr(), out_scale=out_scale.data_ptr(), num_tokens=x.shape[0], top_k=token_topk_to_pos.shape[1],
+        num_rows=out.shape[0], row_bytes=row_bytes, ldx_bytes=x.stride(0) * x.element_size(), ld_out_bytes=row_bytes,
+        scale_columns=out_scale.shape[1], scale_stride_t=scale.stride(0) if scale is not None else 0,
+        scale_stride_s=scale.stride(1) if scale is not None else 0, out_scale_stride_r=out_scale.shape[1],
+        out_scale_stride_s=1, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return out, out_scale
+
+
 def _permute_backward(ctx, grad_out, grad_scale):
     if ctx.quantize:
         raise NotImplementedError("moe_permute: has no backward with quantize=True; quantise a detached tensor")
@@ -167,6 +182,19 @@ def _unpermute_triton(config, y, token_topk_to_pos, pos_to_token_topk, weights):
     return out
 
 
+def _unpermute_cpu(config, y, token_topk_to_pos, pos_to_token_topk, weights):
+    out = _allocate.empty((token_topk_to_pos.shape[0], y.shape[1]), y.dtype, y.device)
+    y = checks.rows(y)
+    weights = weights.contiguous().float() if weights is not None else None
+    _extension.cpu().moe_unpermute(
+        y=y.data_ptr(), token_topk_to_pos=token_topk_to_pos.data_ptr(), weights=_extension.address(weights),
+        out=out.data_ptr(), num_tokens=out.shape[0], top_k=token_topk_to_pos.shape[1], num_rows=y.shape[0],
+        hidden=y.shape[1], dtype=_extension.dtype_code(y.dtype), ldy=y.stride(0), ld_out=out.shape[1],
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def _unpermute_backward(ctx, grad_out):
     y, token_topk_to_pos, pos_to_token_topk, weights = ctx.saved_tensors
     num_tokens, top_k = token_topk_to_pos.shape
@@ -202,7 +230,7 @@ register(
     plan=plan,
     fake=_permute_fake,
     reference=reference.moe_permute,
-    backends={"triton": _permute_triton},
+    backends={"triton": _permute_triton, "cpu": _permute_cpu},
     backward=_permute_backward,
     setup_context=_permute_context,
 )
@@ -213,7 +241,7 @@ register(
     plan=plan,
     fake=_unpermute_fake,
     reference=reference.moe_unpermute,
-    backends={"triton": _unpermute_triton},
+    backends={"triton": _unpermute_triton, "cpu": _unpermute_cpu},
     backward=_unpermute_backward,
     setup_context=_unpermute_context,
 )

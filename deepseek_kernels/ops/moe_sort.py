@@ -4,7 +4,7 @@ import torch
 
 from ..plan import moe_sort as plan
 from ..reference import moe_sort as reference
-from . import _allocate
+from . import _allocate, _extension
 from . import _checks as checks
 from ._maps import MoeMaps
 from ._registry import register
@@ -87,6 +87,21 @@ def _triton(config, indices, *args):
     return maps
 
 
+def _cpu(config, indices, *args):
+    maps = _outputs(_allocate.empty, indices, *args)
+    _, expert_begin, _, alignment = args
+    indices, threads = indices.contiguous(), torch.get_num_threads()
+    num_local = maps[-1].shape[0] - 1
+    workspace = _allocate.empty((threads, num_local), torch.int32, indices.device)
+    _extension.cpu().moe_sort(
+        indices=indices.data_ptr(), token_topk_to_pos=maps[0].data_ptr(), pos_to_token_topk=maps[1].data_ptr(),
+        expert_offsets=maps[2].data_ptr(), workspace=workspace.data_ptr(), num_entries=indices.numel(),
+        num_rows=maps[1].shape[0], expert_begin=expert_begin, expert_end=expert_begin + num_local,
+        alignment=alignment, wide=indices.dtype == torch.int64, threads=threads,
+    )  # fmt: skip
+    return maps
+
+
 register(
     "moe_sort(Tensor indices, int num_experts, int expert_begin=0, int expert_end=-1, int alignment=1) "
     "-> (Tensor, Tensor, Tensor)",
@@ -95,5 +110,5 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.moe_sort,
-    backends={"triton": _triton},
+    backends={"triton": _triton, "cpu": _cpu},
 )

@@ -29,6 +29,7 @@ class Environment:
     on_model: bool = False  # the compiled kernels are a software model that takes CPU tensors
     extension_error: str = ""
     torch_functions: frozenset[str] = frozenset()  # what torch.nn.functional has of LIBRARY_MATMULS
+    cpu_ops: frozenset[str] = frozenset()  # what the extension has for CPU tensors
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ def cuda_reason(op: str, device, env: Environment, *, archs: tuple[int, ...] = (
         return ""
     have = ", ".join(f"{a / 10:.1f}" for a in sorted(env.extension_archs)) or "none"
     return f"compiled for compute capability {have}, the device has {device.arch / 10:.1f}"
+
+
+def cpu_reason(op: str, device, env: Environment) -> str:
+    """Why the compiled CPU kernel of `op` cannot run on `device`; empty when it can."""
+    if device.kind != "cpu":
+        return "runs on CPU tensors only"
+    if op not in env.cpu_ops:
+        return f"this installation of deepseek_kernels._C has no CPU kernel for {op}"
+    return ""
 
 
 def cpu_reference_reason(device) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..device import DeviceSpec
-from .backend import Environment, cuda_reason, triton_reason
+from .backend import Environment, cpu_reason, cuda_reason, triton_reason
 
 MAX_EXPERTS = 4096
 """The Triton kernel keeps one score per expert in registers."""
@@ -43,6 +43,7 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
     return {
         "cuda": float64 or cuda_reason(op, device, env),
         "triton": float64 or too_many or triton_reason(device, env),
+        "cpu": float64 or cpu_reason("moe_gate", device, env),
     }
 
 
