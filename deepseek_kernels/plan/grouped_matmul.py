@@ -5,7 +5,7 @@ from typing import Literal
 
 from ..device import DeviceSpec
 from ..shapes import ceil_div
-from .backend import BACKENDS, Environment, triton_reason
+from .backend import Environment, triton_reason
 
 ELEMENT_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 RATES = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -73,7 +73,10 @@ def _triton(p: Problem, device: DeviceSpec, env: Environment) -> str:
 
 
 def _torch(p: Problem, device: DeviceSpec, env: Environment) -> str:
-    """torch.nn.functional.grouped_mm: off its fast path it loops over experts on the host, which synchronises."""
+    """torch.nn.functional.grouped_mm: off its fast path it loops over experts on the host, which synchronises.
+
+    On a GPU it stays behind Triton until it is measured to pay: rows without an expert cost it launches of their own.
+    """
     if "grouped_mm" not in env.torch_functions:
         return "needs torch.nn.functional.grouped_mm (torch 2.10 or newer)"
     if p.dtype == "float64":
@@ -89,11 +92,6 @@ def _torch(p: Problem, device: DeviceSpec, env: Environment) -> str:
     if p.num_experts >= 1023:
         return f"grouped_mm needs fewer than 1023 experts, got {p.num_experts}"
     return ""
-
-
-def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
-    """On a GPU grouped_mm costs extra launches for rows without an expert, and is not yet measured to pay."""
-    return BACKENDS
 
 
 TILES = (
