@@ -7,6 +7,7 @@ Each planted bug proves that the harness can fail. DEEPSEEK_KERNELS_FULL_TEST=1 
 import functools
 import itertools
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -426,6 +427,54 @@ def test_every_planted_bug_is_tested():
     planted = {part.split(")")[0] for text in sources for part in text.split("BUG(")[1:]}
     tested = Path(__file__).read_text()
     assert {bug for bug in planted if f'"{bug}"' not in tested} == set()
+
+
+def run_primitives(program, folder):
+    folder.mkdir()
+    subprocess.run([program, folder], check=True)
+    return {p.stem: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def primitives_in_model(model, tmp_path):
+    return run_primitives(harness.build("primitives"), tmp_path / "model")
+
+
+@pytest.fixture
+def primitives_for_gpu(tmp_path):
+    if harness.nvcc() is None:
+        pytest.skip("needs nvcc")
+    program, sources = tmp_path / "primitives", harness.ROOT / "csrc"
+    command = [harness.nvcc(), "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-I", sources]
+    command += ["--expt-relaxed-constexpr", "-o", program, harness.HERE / "primitives.cu"]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return program
+
+
+def test_primitives_in_the_model(primitives_in_model):
+    got = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in primitives_in_model.items()}
+    assert (got["elect"][:128] == 1).all()
+    i = torch.arange(40 * 128)
+    matrix = (i * 37 + i // 128).to(torch.uint8).view(40, 128)
+    corners = got["tma_load_128"][: 6 * 32 * 128].view(3, 2, 32, 128)[:, 1]
+    padded = torch.zeros(72, 160, dtype=torch.uint8)
+    padded[16:56, 16:144] = matrix
+    for corner, (x, y) in zip(corners, [(0, 0), (16, 24), (-16, -3)]):
+        assert torch.equal(corner, padded[16 + y : 48 + y, 16 + x : 144 + x])
+
+
+def test_primitives_compile_for_a_gpu(primitives_for_gpu):
+    assert primitives_for_gpu.exists()
+
+
+@pytest.mark.gpu
+def test_primitives_do_on_a_gpu_what_they_do_in_the_model(primitives_in_model, primitives_for_gpu, tmp_path):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    on_gpu = run_primitives(primitives_for_gpu, tmp_path / "gpu")
+    assert on_gpu.keys() == primitives_in_model.keys()
+    assert [name for name in on_gpu if on_gpu[name] != primitives_in_model[name]] == []
 
 
 def test_writes_past_the_end_are_reported(model):

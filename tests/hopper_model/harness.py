@@ -37,7 +37,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule link
-  command = $cxx -shared $in -o $out
+  command = $cxx $flags $in -o $out
 """
 
 
@@ -79,25 +79,26 @@ def _ninja_file(cxx: str) -> str:
         "-DDEEPSEEK_KERNELS_CUDA=1",
     ]
     common += ["-DDEEPSEEK_KERNELS_SM90A=1", '-DDEEPSEEK_KERNELS_ARCHS="90a"', *include]
-    kernels = sorted(ROOT.glob("csrc/*/launch.cu"))
     lines = [f"cxx = {cxx}", RULES]
-    objects = []
 
-    def compile_(source: Path, *flags: str) -> None:
-        objects.append(str(BUILD / f"{source.parent.name}.{source.stem}.o"))
-        words = shlex.join([*flags, *common]).replace("$", "$$")
-        lines.extend([f"build {objects[-1]}: cxx {source}", f"  flags = {words}"])
+    def objects(sources, *flags: str) -> list[str]:
+        made = []
+        for source in sorted(sources):
+            made.append(str(BUILD / f"{source.parent.name}.{source.stem}.o"))
+            words = shlex.join([*flags, *common]).replace("$", "$$")
+            lines.extend([f"build {made[-1]}: cxx {source}", f"  flags = {words}"])
+        return made
 
-    for source in kernels:
-        compile_(source, "-O2", "-x", "c++")
-    for source in sorted(HERE.glob("*.cpp")):
-        compile_(source, "-O1" if source.stem == "module" else "-O3")
-    target = BUILD / "_C_model.so"
-    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
+    model = objects((p for p in HERE.glob("*.cpp") if p.stem != "module"), "-O3")
+    module = objects([HERE / "module.cpp"], "-O1") + objects(ROOT.glob("csrc/*/launch.cu"), "-O2", "-x", "c++")
+    primitives = objects([HERE / "primitives.cu"], "-O1", "-x", "c++")
+    lines += [f"build {BUILD}/_C_model.so: link {' '.join(model + module)}", "  flags = -shared"]
+    lines += [f"build {BUILD}/primitives: link {' '.join(model + primitives)}", ""]
+    return "\n".join(lines)
 
 
-def build() -> Path:
-    """The path of an up-to-date _C_model; workers of one test run wait for each other."""
+def build(target: str) -> Path:
+    """The path of an up-to-date `_C_model.so` or `primitives`; workers of one test run wait for each other."""
     cxx = shutil.which(os.environ.get("CXX", "g++"))
     if cxx is None or os.uname().machine != "x86_64":
         raise Unavailable("the model needs g++ on x86-64")
@@ -116,16 +117,18 @@ def build() -> Path:
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        result = subprocess.run([tool, "-f", str(file), "-j", jobs], cwd=BUILD, capture_output=True, text=True)
+        result = subprocess.run(
+            [tool, "-f", str(file), "-j", jobs, str(BUILD / target)], cwd=BUILD, capture_output=True, text=True
+        )
         if result.returncode:
             raise RuntimeError(f"the model does not compile:\n{result.stdout[-6000:]}")
-    return BUILD / "_C_model.so"
+    return BUILD / target
 
 
 @functools.cache
 def load():
     """The model's extension module, built on first use. Raises Unavailable where that cannot be."""
-    spec = importlib.util.spec_from_file_location("_C_model", build())
+    spec = importlib.util.spec_from_file_location("_C_model", build("_C_model.so"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,0 +1,318 @@
+// Every primitive the kernels use, alone in a tiny kernel: what it does is written, byte for byte, to DIR/<name>.bin.
+// Built by nvcc it runs on the GPU, built by g++ in the model; the files must be the same.    primitives DIR
+#include <cstdio>
+#include <fstream>
+#include <vector>
+
+#include "common/fp8_block.cuh"
+#include "common/launch.cuh"
+#include "common/tensor_map.cuh"
+
+using namespace deepseek_kernels;
+using namespace sm90;
+
+namespace {
+
+constexpr int kBytes = 1 << 16;  // of each output
+std::string g_folder;
+
+// Memory that host and device both see.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(size_t count, int fill = 0) : count_(count) {
+#if defined(__CUDACC__)
+    DSK_CUDA_CHECK(cudaMallocManaged(&data_, count * sizeof(T)));
+#else
+    data_ = static_cast<T*>(model::alloc_global(count * sizeof(T), "buffer"));
+#endif
+    memset(static_cast<void*>(data_), fill, count * sizeof(T));
+  }
+  T* data() const { return data_; }
+  size_t size() const { return count_; }
+  T& operator[](size_t i) { return data_[i]; }
+
+ private:
+  T* data_;
+  size_t count_;
+};
+
+template <class... Params, class... Arguments>
+void record(const std::string& name, void (*kernel)(uint8_t*, Params...), int ctas, int threads, int cluster,
+            const Arguments&... arguments) {
+  Buffer<uint8_t> out(kBytes, 0xCC);
+  LaunchConfig config{};
+  config.grid_x = ctas;
+  config.threads = threads;
+  config.cluster = cluster;
+  config.smem = 96 * 1024;
+  launch(kernel, config, out.data(), arguments...);
+#if defined(__CUDACC__)
+  DSK_CUDA_CHECK(cudaDeviceSynchronize());
+#endif
+  std::ofstream(g_folder + "/" + name + ".bin", std::ios::binary).write(reinterpret_cast<char*>(out.data()), kBytes);
+}
+
+struct Shared {
+  alignas(1024) uint8_t a[32 * 1024];
+  alignas(1024) uint8_t b[32 * 1024];
+  alignas(8) uint64_t bar[2];
+};
+
+DEVICE_FN Shared& shared_with_barrier(uint8_t* raw, uint32_t count) {
+  Shared& s = *reinterpret_cast<Shared*>(raw);
+  if (threadIdx.x == 0) {
+    mbarrier_init(&s.bar[0], count);
+    mbarrier_init(&s.bar[1], count);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  return s;
+}
+
+DEVICE_FN float one_nan(float x) { return x != x ? __uint_as_float(0x7FC00000u) : x; }
+
+// ---- copies: box of 32 rows x kBoxBytes, at three corners of a 40-row matrix, as it lies and in logical order ----
+template <int kBoxBytes>
+__global__ void tma_load(uint8_t* out, const __grid_constant__ TensorMap map) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  const int corners[3][2] = {{0, 0}, {16, 24}, {-16, -3}};
+  for (int c = 0; c < 3; ++c) {
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_and_expect_tx(&s.bar[0], 32 * kBoxBytes);
+      tma_load_2d(s.a, map, &s.bar[0], corners[c][0], corners[c][1]);
+    }
+    mbarrier_wait(&s.bar[0], c & 1);
+    for (int i = threadIdx.x; i < 32 * kBoxBytes; i += blockDim.x) {
+      out[(2 * c) * 32 * kBoxBytes + i] = s.a[i];
+      out[(2 * c + 1) * 32 * kBoxBytes + i] = s.a[swizzled_offset(i / kBoxBytes, i % kBoxBytes, kBoxBytes)];
+    }
+    __syncthreads();
+  }
+}
+
+__global__ void tma_load_multicast(uint8_t* out, const __grid_constant__ TensorMap map) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  cluster_sync();
+  const int rank = int(cluster_rank());
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_and_expect_tx(&s.bar[0], 2 * 32 * 128);
+    tma_load_2d_multicast(s.a + rank * 32 * 128, map, &s.bar[0], 0, rank * 8, 3);
+  }
+  mbarrier_wait_cluster(&s.bar[0], 0);
+  for (int i = threadIdx.x; i < 2 * 32 * 128; i += blockDim.x) out[rank * 2 * 32 * 128 + i] = s.a[i];
+  cluster_sync();
+}
+
+template <int kBoxBytes>
+__global__ void tma_store(uint8_t* out, const __grid_constant__ TensorMap map) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  for (int i = threadIdx.x; i < 32 * kBoxBytes; i += blockDim.x)
+    s.a[swizzled_offset(i / kBoxBytes, i % kBoxBytes, kBoxBytes)] = uint8_t(i * 7 + i / kBoxBytes);
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    tma_store_2d(s.a, map, 16, 24);
+    tma_store_commit();
+    tma_store_wait<0>();
+    out[0] = 1;
+  }
+}
+
+__global__ void cp_async(uint8_t* out, const uint8_t* in) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 128);
+  cp_async_4(s.a + threadIdx.x * 4, in + (127 - threadIdx.x) * 4, threadIdx.x % 3 != 0);
+  cp_async_mbarrier_arrive(&s.bar[0]);
+  mbarrier_wait(&s.bar[0], 0);
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = s.a[(127 - threadIdx.x) * 4 + i];
+}
+
+// ---- who waits for whom ----
+__global__ void mbarrier_across_cluster(uint8_t* out) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 64 + 1);
+  cluster_sync();
+  const uint32_t rank = cluster_rank();
+  if (threadIdx.x < 64) mbarrier_arrive_cluster(&s.bar[0], rank ^ 1);
+  if (threadIdx.x == 0) mbarrier_arrive(&s.bar[0]);
+  mbarrier_wait_cluster(&s.bar[1], 1);  // a fresh barrier: the phase before the first counts as complete
+  mbarrier_wait_cluster(&s.bar[0], 0);
+  out[rank * 128 + threadIdx.x] = uint8_t(rank);
+  cluster_sync();
+}
+
+__global__ void named_barriers(uint8_t* out) {
+  DYNAMIC_SMEM(raw);
+  const int half = threadIdx.x / 64, slot = threadIdx.x % 64;
+  raw[threadIdx.x] = uint8_t(threadIdx.x * 3);
+  named_barrier_sync(1 + half, 64);
+  out[threadIdx.x] = raw[half * 64 + 63 - slot];
+}
+
+__global__ void elect(uint8_t* out) {
+  const uint32_t elected = __ballot_sync(0xffffffffu, elect_one());
+  out[threadIdx.x] = uint8_t(__popc(elected));
+}
+
+__global__ void __launch_bounds__(256, 1) registers(uint8_t* out) {
+  if (threadIdx.x < 128) {
+    reg_dec<56>();
+  } else {
+    reg_inc<160>();
+  }
+  out[threadIdx.x] = uint8_t(threadIdx.x);
+}
+
+// ---- wgmma: operands of small integers, so that every sum is exact ----
+template <int R>
+DEVICE_FN void write_fragment(uint8_t* out, const float (&d)[R]) {
+  for (int i = 0; i < R; ++i) reinterpret_cast<float*>(out)[threadIdx.x * R + i] = d[i];
+}
+
+template <int kN>
+__global__ void wgmma_fp8(uint8_t* out, const __grid_constant__ TensorMap map_a,
+                          const __grid_constant__ TensorMap map_b) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_and_expect_tx(&s.bar[0], (64 + kN) * 128);
+    tma_load_2d(s.a, map_a, &s.bar[0], 0, 0);
+    tma_load_2d(s.b, map_b, &s.bar[0], 0, 0);
+  }
+  mbarrier_wait(&s.bar[0], 0);
+  float d[kN / 2];
+  for (int i = 0; i < kN / 2; ++i) d[i] = 1e30f;  // not to be seen again
+  wgmma_fence(d);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_e4m3<kN>(d, desc_k_b128(s.a) + k * 2, desc_k_b128(s.b) + k * 2, k != 0);
+  wgmma_commit();
+  wgmma_wait<0>(d);
+  write_fragment(out, d);
+}
+
+// kRegisterA: A from registers; kTransB: B stored as [k][n].
+template <bool kRegisterA, int kTransB>
+__global__ void wgmma_16bit(uint8_t* out, const __grid_constant__ TensorMap map_a,
+                            const __grid_constant__ TensorMap map_b) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_and_expect_tx(&s.bar[0], 2 * 64 * 128);
+    tma_load_2d(s.a, map_a, &s.bar[0], 0, 0);
+    tma_load_2d(s.b, map_b, &s.bar[0], 0, 0);
+  }
+  mbarrier_wait(&s.bar[0], 0);
+  float d[32] = {};
+  uint32_t a[4][4];
+  for (int k = 0; k < 4; ++k)
+    for (int i = 0; i < 4; ++i) {
+      const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8;
+      const int column = k * 16 + threadIdx.x % 4 * 2 + i / 2 * 8;
+      a[k][i] = *reinterpret_cast<const uint32_t*>(s.a + swizzled_offset(row, column * 2, 128));
+    }
+  wgmma_fence(d);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const uint64_t desc_b = kTransB ? desc_mn_b128(s.b, 64 * 128) + k * (16 * 128 >> 4) : desc_k_b128(s.b) + k * 2;
+    if constexpr (kRegisterA) {
+      wgmma_bf16_rs<64, kTransB>(d, a[k], desc_b, 1);
+    } else {
+      wgmma_bf16<64, 0, kTransB>(d, desc_k_b128(s.a) + k * 2, desc_b, 1);
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>(d);
+  write_fragment(out, d);
+}
+
+// ---- numbers ----
+DEVICE_FN float bf16_of(int pattern) { return __uint_as_float(uint32_t(pattern) << 16); }
+
+__global__ void e4m3_of_every_bf16(uint8_t* out) {
+  for (int i = int(threadIdx.x) * 4; i < 1 << 16; i += int(blockDim.x) * 4)
+    *reinterpret_cast<uint32_t*>(out + i) = to_e4m3x4(bf16_of(i), bf16_of(i + 1), bf16_of(i + 2), bf16_of(i + 3));
+}
+
+__global__ void scales_and_quotients(uint8_t* out) {
+  float* result = reinterpret_cast<float*>(out);
+  for (int i = int(threadIdx.x); i < 1 << 12; i += int(blockDim.x)) {
+    const float amax = fabsf(bf16_of(i * 16 + 5)), scale = fp8_scale(amax, i & 1);
+    result[i * 4] = one_nan(scale);
+    result[i * 4 + 1] = one_nan(Fp8Divisor(scale).divide(amax * 0.7f));
+    result[i * 4 + 2] = one_nan(Fp8Divisor(scale).divide(-amax));
+    result[i * 4 + 3] = one_nan(max_nan(amax, 3.f));
+  }
+}
+
+TensorMap map_of(Element element, const void* p, int64_t inner, int64_t outer, int box_inner, int box_outer,
+                 Swizzle swizzle) {
+  return tensor_map_2d(p, {element, inner, outer, inner, box_inner, box_outer, swizzle});
+}
+
+void run_all() {
+  Buffer<uint8_t> bytes(40 * 128);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = uint8_t(i * 37 + i / 128);
+  auto bytes_map = [&](int box, Swizzle s) { return map_of(Element::kE4m3, bytes.data(), 128, 40, box, 32, s); };
+  record("tma_load_128", tma_load<128>, 1, 128, 1, bytes_map(128, Swizzle::k128));
+  record("tma_load_64", tma_load<64>, 1, 128, 1, bytes_map(64, Swizzle::k64));
+  record("tma_load_32", tma_load<32>, 1, 128, 1, bytes_map(32, Swizzle::k32));
+  record("tma_load_plain", tma_load<16>, 1, 128, 1, bytes_map(16, Swizzle::kNone));
+  record("tma_load_multicast", tma_load_multicast, 2, 128, 2, bytes_map(128, Swizzle::k128));
+  record("cp_async", cp_async, 1, 128, 1, static_cast<const uint8_t*>(bytes.data()));
+  Buffer<uint8_t> stored(40 * 128, 0x11);
+  record("tma_store_128", tma_store<128>, 1, 128, 1,
+         map_of(Element::kE4m3, stored.data(), 128, 40, 128, 32, Swizzle::k128));
+  record("tma_store_32", tma_store<32>, 1, 128, 1, map_of(Element::kBf16, stored.data(), 64, 40, 16, 32, Swizzle::k32));
+  std::ofstream(g_folder + "/tma_stored.bin", std::ios::binary)
+      .write(reinterpret_cast<char*>(stored.data()), std::streamsize(stored.size()));
+
+  record("mbarrier_across_cluster", mbarrier_across_cluster, 2, 128, 2);
+  record("named_barriers", named_barriers, 1, 128, 1);
+  record("elect", elect, 1, 128, 1);
+  record("registers", registers, 1, 256, 1);
+
+  Buffer<uint8_t> a(128 * 128), b(128 * 128);
+  const float values[] = {0, 1, -1, 2, -2, 0.5f, 3, -4};
+  for (size_t i = 0; i < a.size(); ++i) {
+    a[i] = __nv_fp8_e4m3(values[(i * 5 + i / 128) % 8]).__x;
+    b[i] = __nv_fp8_e4m3(values[(i * 3 + i / 64 + i / 7) % 8]).__x;
+  }
+  auto fp8_map = [](const Buffer<uint8_t>& x, int rows) {
+    return map_of(Element::kE4m3, x.data(), 128, 128, 128, rows, Swizzle::k128);
+  };
+  record("wgmma_e4m3_16", wgmma_fp8<16>, 1, 128, 1, fp8_map(a, 64), fp8_map(b, 16));
+  record("wgmma_e4m3_32", wgmma_fp8<32>, 1, 128, 1, fp8_map(a, 64), fp8_map(b, 32));
+  record("wgmma_e4m3_64", wgmma_fp8<64>, 1, 128, 1, fp8_map(a, 64), fp8_map(b, 64));
+  record("wgmma_e4m3_128", wgmma_fp8<128>, 1, 128, 1, fp8_map(a, 64), fp8_map(b, 128));
+
+  Buffer<__nv_bfloat16> c(64 * 64), d(64 * 64);
+  for (size_t i = 0; i < c.size(); ++i) {
+    c[i] = __float2bfloat16_rn(values[(i * 5 + i / 64) % 8]);
+    d[i] = __float2bfloat16_rn(values[(i * 3 + i / 32 + i / 7) % 8]);
+  }
+  const TensorMap map_c = map_of(Element::kBf16, c.data(), 64, 64, 64, 64, Swizzle::k128);
+  const TensorMap map_d = map_of(Element::kBf16, d.data(), 64, 64, 64, 64, Swizzle::k128);
+  record("wgmma_bf16", wgmma_16bit<false, 0>, 1, 128, 1, map_c, map_d);
+  record("wgmma_bf16_b_mn_major", wgmma_16bit<false, 1>, 1, 128, 1, map_c, map_d);
+  record("wgmma_bf16_a_in_registers", wgmma_16bit<true, 0>, 1, 128, 1, map_c, map_d);
+
+  record("e4m3_of_every_bf16", e4m3_of_every_bf16, 1, 128, 1);
+  record("scales_and_quotients", scales_and_quotients, 1, 128, 1);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) return fprintf(stderr, "usage: primitives DIR\n"), 2;
+  g_folder = argv[1];
+  try {
+    run_all();
+  } catch (const std::exception& error) {
+    return fprintf(stderr, "%s\n", error.what()), 1;
+  }
+  return 0;
+}
