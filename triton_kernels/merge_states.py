@@ -7,7 +7,7 @@ Bytes:   R*d*b read twice and written once, R = b*s_q*h_q. b=128 s_q=1 h_q=128 d
 import triton
 import triton.language as tl
 
-from .common import merge_weights, weighted
+from .common import merge_weights, narrow, weighted
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _merge(
     a = tl.load(out_a + row[:, None] * D + column[None, :], mask=element, other=0.0).to(tl.float32)
     b = tl.load(out_b + row[:, None] * D + column[None, :], mask=element, other=0.0).to(tl.float32)
     merged = weighted(weight_a[:, None], a) + weighted(weight_b[:, None], b)
-    tl.store(out + row[:, None] * D + column[None, :], merged.to(out.dtype.element_ty), mask=element)
+    tl.store(out + row[:, None] * D + column[None, :], narrow(merged, out.dtype.element_ty), mask=element)
     tl.store(lse + lse_at, both, mask=inside)
 
 

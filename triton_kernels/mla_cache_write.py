@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import e4m3_encode, fp8_scale
+from .common import e4m3_encode, fp8_scale, narrow
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _write(
         tl.store(scales[:, None] + group[None, :], scale, mask=has_slot[:, None] & (group >= 0)[None, :])
         rope = (target + D_LATENT + 16).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     else:
-        tl.store(target[:, None] + column[None, :], latent.to(kv_cache.dtype.element_ty), mask=element)
+        tl.store(target[:, None] + column[None, :], narrow(latent, kv_cache.dtype.element_ty), mask=element)
         rope = target + D_LATENT
 
     pair = tl.arange(0, BLOCK_PAIRS)
@@ -67,8 +67,8 @@ def _write(
     source = k_rope + token[:, None] * k_stride
     x = tl.load(source + first[None, :], mask=element, other=0.0).to(tl.float32)
     y = tl.load(source + second[None, :], mask=element, other=0.0).to(tl.float32)
-    tl.store(rope[:, None] + first[None, :], (x * cos - y * sin).to(rope.dtype.element_ty), mask=element)
-    tl.store(rope[:, None] + second[None, :], (y * cos + x * sin).to(rope.dtype.element_ty), mask=element)
+    tl.store(rope[:, None] + first[None, :], narrow(x * cos - y * sin, rope.dtype.element_ty), mask=element)
+    tl.store(rope[:, None] + second[None, :], narrow(y * cos + x * sin, rope.dtype.element_ty), mask=element)
 
 
 @triton.jit
@@ -92,8 +92,8 @@ def _rope(
     a = tl.load(source + first[None, :], mask=element, other=0.0).to(tl.float32)
     b = tl.load(source + second[None, :], mask=element, other=0.0).to(tl.float32)
     target = out + row[:, None] * D_ROPE
-    tl.store(target + first[None, :], (a * cos - b * sin).to(out.dtype.element_ty), mask=element)
-    tl.store(target + second[None, :], (b * cos + a * sin).to(out.dtype.element_ty), mask=element)
+    tl.store(target + first[None, :], narrow(a * cos - b * sin, out.dtype.element_ty), mask=element)
+    tl.store(target + second[None, :], narrow(b * cos + a * sin, out.dtype.element_ty), mask=element)
 
 
 def write(config, c_kv, k_rope, norm_weight, cos_sin, positions, kv_cache, slots, eps, interleaved) -> None:

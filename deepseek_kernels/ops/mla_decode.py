@@ -4,8 +4,9 @@ import torch
 
 from ..plan import mla_decode as plan
 from ..reference import mla_decode as reference
+from ..shapes import ceil_div
+from . import _allocate, _latent_cache
 from . import _checks as checks
-from . import _latent_cache
 from ._registry import register
 
 D_ROPE = 64
@@ -75,6 +76,67 @@ def _fake(q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
     return q.new_empty(b, s_q, h_q, d_qk - D_ROPE), q.new_empty(b, h_q, s_q, dtype=torch.float32)
 
 
+def _outputs(q):
+    b, s_q, h_q, d_qk = q.shape
+    out = _allocate.empty((b, s_q, h_q, d_qk - D_ROPE), q.dtype, q.device)
+    return out, _allocate.empty((b, h_q, s_q), torch.float32, q.device)
+
+
+def _triton(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
+    from ..triton_kernels import mla_decode as kernel
+
+    out, lse = _outputs(q)
+    if out.numel() == 0:
+        return out, lse
+    b, s_q, h_q, d_latent = out.shape
+    part_out = part_lse = None
+    if config.num_splits > 1:
+        part_out = _allocate.empty((b, config.num_splits, s_q * h_q, d_latent), torch.float32, q.device)
+        part_lse = _allocate.empty((b, config.num_splits, s_q * h_q), torch.float32, q.device)
+    sink = sink.contiguous() if sink is not None else None
+    kernel.decode(
+        config, checks.rows(q), kv_cache, block_table, seqlens_kv, scale, causal, sink, part_out, part_lse, out, lse
+    )
+    return out, lse
+
+
+def _torch(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
+    """CPU tensors: gather each sequence's rows; its queries times heads are the rows of one attention over them."""
+    out, lse = _outputs(q)
+    b, s_q, h_q, d_latent = out.shape
+    pages, page_size, _ = kv_cache.shape
+    if out.numel() == 0:
+        return out, lse
+    q = checks.rows(q)
+    for i, length in enumerate(seqlens_kv.clamp(0, block_table.shape[1] * page_size).tolist()):
+        page = block_table[i, : ceil_div(length, page_size)].long()
+        if ((page < 0) | (page >= pages)).any():
+            return reference.mla_decode(q, kv_cache, block_table, seqlens_kv, scale, causal, sink)
+        unseeing = max(s_q - length, 0) if causal else s_q * (length == 0)
+        out[i, :unseeing] = 0
+        lse[i, :, :unseeing] = float("-inf")
+        if unseeing == s_q:
+            continue
+        rows = kv_cache[page].flatten(0, 1)[:length]
+        queries = q[i, unseeing:].reshape(1, 1, -1, q.shape[3])
+        if kv_cache.dtype == torch.uint8:
+            rows, queries = reference.decode_rows(rows), queries.float()
+        mask = None
+        if causal and s_q > 1:
+            last = torch.arange(length - s_q + unseeing, length)[:, None, None]
+            visible = torch.arange(length) <= last.expand(-1, h_q, 1)
+            mask = torch.where(visible, 0.0, float("-inf")).to(rows.dtype).view(1, 1, -1, length)
+        # keys and values of one width take torch's fused kernel; the rope columns of the result are dropped
+        attended, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, rows[None, None], rows[None, None], attn_mask=mask, scale=scale
+        )
+        out[i, unseeing:] = attended.view(-1, h_q, q.shape[3])[..., :d_latent]
+        lse[i, :, unseeing:] = log_sum_exp.view(-1, h_q).t()
+    if sink is not None:
+        out *= torch.where(lse.isneginf(), 0, torch.sigmoid(lse - sink[:, None])).transpose(1, 2)[..., None]
+    return out, lse
+
+
 register(
     "mla_decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seqlens_kv, float scale, bool causal=True, "
     "Tensor? sink=None) -> (Tensor, Tensor)",
@@ -83,5 +145,5 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.mla_decode,
-    backends={},
+    backends={"triton": _triton, "torch": _torch},
 )

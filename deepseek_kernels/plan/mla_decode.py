@@ -1,10 +1,11 @@
-"""Plan of `mla_decode`: tile, and how many parts each sequence is split into so that every SM has work."""
+"""Plan of `mla_decode`: the tile, and into how many parts each sequence is split so that every SM has work."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..device import DeviceSpec
-from ..shapes import FP8_CACHE_ROW
-from .backend import Environment
+from ..shapes import FP8_CACHE_ROW, align_up, ceil_div
+from .backend import Environment, cpu_reference_reason, triton_reason
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,25 @@ class Problem:
         return 4 if self.dtype == "float32" else 2
 
     @property
+    def query_bytes(self) -> int:
+        return (self.d_latent + self.d_rope) * self.element_bytes
+
+    @property
     def row_bytes(self) -> int:
-        return FP8_CACHE_ROW if self.fp8_cache else (self.d_latent + self.d_rope) * self.element_bytes
+        return FP8_CACHE_ROW if self.fp8_cache else self.query_bytes
+
+
+@dataclass(frozen=True)
+class Config:
+    """`block_h`: query rows (queries times heads) and `block_n`: cached tokens of a tile; `num_splits`: parts of a
+    sequence, each a program of its own."""
+
+    block_h: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    num_splits: int
+    native_fp8: bool
 
 
 def flops(p: Problem) -> int:
@@ -40,8 +58,90 @@ def flops(p: Problem) -> int:
 def bytes(p: Problem) -> int:
     """Queries, cached rows and outputs once each."""
     queries = p.b * p.s_q * p.h_q
-    return queries * ((2 * p.d_latent + p.d_rope) * p.element_bytes + 4) + p.b * p.s_kv * p.row_bytes
+    return queries * (p.query_bytes + p.d_latent * p.element_bytes + 4) + p.b * (p.s_kv * p.row_bytes + 4)
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    return {}
+    geometry = "" if p.d_latent in (256, 512) else f"handles d_latent 256 and 512, got {p.d_latent}"
+    return {"triton": geometry or triton_reason(device, env), "torch": cpu_reference_reason(device)}
+
+
+_TILES = {  # block_h, block_n, num_warps, num_stages, architectures whose machine code is known to be good
+    "16 bit": (
+        (16, 32, 4, 2, (80, 89, 90, 100)),
+        (32, 32, 8, 2, (80, 89, 90, 100)),
+        (64, 32, 8, 2, (80,)),
+        (64, 32, 8, 3, (90,)),
+    ),
+    "fp8": ((16, 16, 4, 2, (80, 89, 90, 100)), (16, 32, 4, 2, (80, 89, 90, 100))),
+    "fp32": ((16, 16, 8, 1, (80, 89, 90, 100)),),
+}
+_SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+_TOKENS_PER_SPLIT = 128  # fewer are not worth a program and its share of the merge
+
+_TILE_LATENCY = 0.7e-6  # seconds from asking for a tile to having used it
+_PROGRAM_OVERHEAD = 2e-6  # seconds: queries in, accumulator out
+_LAUNCH = 3e-6  # seconds the merge adds
+_MMA_EFFICIENCY = {16: 0.25, 32: 0.4, 64: 0.6}  # of the peak rate, by block_h
+
+
+def shared_memory(c: Config, p: Problem, arch: int) -> int:
+    """Bytes a program holds, as read from the compiler's output."""
+    queries = c.block_h * p.query_bytes
+    weights = c.block_h * c.block_n * p.element_bytes
+    if p.fp8_cache:  # the rows as they come, and converted in two layouts
+        return queries + weights + c.block_n * (p.row_bytes + 2 * p.d_latent * p.element_bytes)
+    if arch == 90 and c.block_h >= 64:  # wgmma keeps the weights in registers and reads every stage from shared memory
+        return queries + c.num_stages * c.block_n * p.query_bytes
+    return queries + weights + max(c.num_stages - 1, 1) * c.block_n * p.query_bytes
+
+
+def candidates(p: Problem, device: DeviceSpec) -> Iterator[Config]:
+    kind = "fp32" if p.dtype == "float32" else "fp8" if p.fp8_cache else "16 bit"
+    for block_h, block_n, warps, stages, archs in _TILES[kind]:
+        if device.kind == "cpu" or _family(device.arch) in archs:
+            for splits in _SPLITS:
+                config = Config(block_h, block_n, warps, stages, splits, device.arch >= 89)
+                if not is_legal(config, p, device):
+                    yield config
+
+
+def _family(arch: int) -> int:
+    """The newest architecture looked at that is not newer than `arch`."""
+    return max((a for a in (80, 89, 90, 100) if a <= arch), default=80)
+
+
+def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
+    """Why `c` cannot run; empty when it can."""
+    if c.num_splits > 1 and c.num_splits * _TOKENS_PER_SPLIT > p.s_kv:
+        return f"{c.num_splits} splits of {p.s_kv} tokens"
+    needed = shared_memory(c, p, device.arch)
+    if device.kind != "cpu" and needed > device.shared_memory:
+        return f"needs {needed} bytes of shared memory, the device has {device.shared_memory}"
+    return ""
+
+
+def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
+    """Seconds: waves of programs, no faster than memory allows, and the merge of the parts."""
+    blocks = max(ceil_div(p.s_q * p.h_q, c.block_h), 1)
+    resident = 8 // c.num_warps  # accumulators fill the register file
+    if device.shared_memory:
+        resident = max(1, min(resident, device.shared_memory // shared_memory(c, p, device.arch)))
+    waves = ceil_div(p.b * c.num_splits * blocks, device.num_sms * resident)
+    tiles = align_up(ceil_div(p.s_kv, c.num_splits), c.block_n) // c.block_n
+    mma = 2 * c.block_h * c.block_n * (2 * p.d_latent + p.d_rope) / (
+        device.rate("fp32" if p.dtype == "float32" else "bf16") * _MMA_EFFICIENCY[c.block_h]
+    )  # fmt: skip
+    busy = resident * device.num_sms * max(mma, c.block_n * p.row_bytes / blocks / device.bandwidth)
+    seconds = waves * (_PROGRAM_OVERHEAD + tiles * max(busy, _TILE_LATENCY))
+    seconds = max(seconds, bytes(p) / device.bandwidth)
+    if c.num_splits > 1:
+        seconds += _LAUNCH + 8 * c.num_splits * p.b * p.s_q * p.h_q * p.d_latent / device.bandwidth
+    return seconds
+
+
+def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
+    """Only the Triton kernel has a choice of tile."""
+    if backend != "triton":
+        return None
+    return min(candidates(p, device), key=lambda c: (cost(c, p, device), c.num_splits, -c.block_h))

@@ -16,8 +16,8 @@ def paged(
     """kv_cache, block_table, seqlens_kv: permuted pages, NaN in unused slots, garbage in unused table entries."""
     used = [-(-max(n, 0) // page_size) for n in lengths]
     total = sum(used) + 2
-    latent = torch.randn(total * page_size, d_latent, generator=g).clamp(-3, 3)
-    rope = torch.randn(total * page_size, D_ROPE, generator=g).clamp(-3, 3)
+    latent = torch.randn(total * page_size, d_latent, generator=g) / 10  # what ATTENTION is a tolerance for
+    rope = torch.randn(total * page_size, D_ROPE, generator=g) / 10
     cache = encode_rows(latent, rope, dtype).view(total, page_size, -1)
     order = torch.randperm(total, generator=g).int()
     table = GARBAGE[torch.randint(0, len(GARBAGE), (len(lengths), max_pages), generator=g)]
@@ -41,7 +41,7 @@ def decode(g: torch.Generator) -> list[Sample]:
         kv_cache, table, seqlens_kv = paged(g, lengths, page_size, max_pages, d_latent, cache or dtype)
         if seqlens is not None:
             seqlens_kv = torch.tensor(seqlens, dtype=torch.int32)
-        q = torch.randn(len(lengths), s_q, h_q, d_latent + D_ROPE, generator=g).to(dtype)
+        q = (10 * torch.randn(len(lengths), s_q, h_q, d_latent + D_ROPE, generator=g)).to(dtype)
         sinks = torch.randn(h_q, generator=g) if sink else None
         scale = (d_latent + D_ROPE) ** -0.5
         args = (q, kv_cache, table, seqlens_kv, scale, causal, sinks)
