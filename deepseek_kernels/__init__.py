@@ -8,6 +8,7 @@ from . import ops  # noqa: F401  (registers the ops)
 from .ops._maps import MoeMaps
 from .ops._registry import BackendError, Explanation, explain, use_backend
 from .ops.fp8_grouped_matmul import fp8_grouped_matmul
+from .ops.fp8_matmul import fp8_matmul
 from .ops.fp8_quantize import fp8_dequantize, fp8_quantize
 from .ops.fused_moe import fused_moe
 from .ops.grouped_matmul import grouped_matmul, grouped_matmul_wgrad
@@ -35,6 +36,7 @@ __all__ = [
     "mla_rope",
     "moe_gate",
     "fp8_dequantize",
+    "fp8_matmul",
     "fp8_quantize",
     "fused_moe",
     "moe_permute",

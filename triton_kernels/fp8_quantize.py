@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import e4m3_decode, e4m3_encode, fp8_scale
+from .common import e4m3_decode, e4m3_encode, fp8_scale, narrow
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _dequantize(
         value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
         value = e4m3_decode(code)
-    tl.store(out + rows * k + columns, (value * block_scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + rows * k + columns, narrow(value * block_scale, out.dtype.element_ty), mask=inside)
 
 
 def _grid(config, m: int, k: int) -> tuple[int]:

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..plan.backend import BACKENDS, Choice, choose
 from . import _device, _extension
@@ -157,13 +157,16 @@ def register(
             raise NotImplementedError(f"{name}: has no backward; call it under torch.no_grad() or detach its inputs")
 
         torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=_library)
-    if not overload:
-
-        def flop_formula(*args, out_val=None, **kwargs):
-            return plan.flops(problem(*op.fill(args, kwargs)))
-
-        register_flop_formula(op.packet, get_raw=True)(flop_formula)
+    if op.packet not in flop_registry:  # a new overload makes a new packet
+        register_flop_formula(op.packet, get_raw=True)(functools.partial(_flops, packet))
     return op
+
+
+def _flops(packet: str, *args, out_val=None, **kwargs) -> int:
+    """Of one call; the counter knows the packet only, so overloads are told apart by whether they return something."""
+    overloads = [op for op in OPERATORS.values() if op.name.partition(".")[0] == packet]
+    op = next((op for op in overloads if op.overload._schema.is_mutable == (out_val is None)), overloads[0])
+    return op.plan.flops(op.problem(*op.fill(args, kwargs)))
 
 
 def forced_backend() -> str | None:
