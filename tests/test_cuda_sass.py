@@ -110,6 +110,12 @@ def test_fp8_matmul_uses_the_hopper_units():
     assert multicast == 2  # one for each type of d
 
 
+def test_the_generated_wgmma_is_up_to_date():
+    generator = harness.ROOT / "csrc/common/gen_wgmma.py"
+    printed = subprocess.run([sys.executable, generator], capture_output=True, text=True, check=True).stdout
+    assert printed == generator.with_name("sm90_wgmma.inc").read_text()
+
+
 def test_nothing_of_the_planted_bugs_reaches_a_device():
     harness_only = re.compile(r"\bmodel::")
     for source in harness.ROOT.glob("csrc/*/*.cu*"):

@@ -71,7 +71,7 @@ class Schedule {
       : rank_(C::kCluster > 1 ? int(cluster_rank()) : 0),
         rows_(int(ceil_div<int64_t>(p.m, C::kTileM * C::kCluster))),
         columns_(int(ceil_div<int64_t>(p.n, C::kTileN))),
-        raster_(p.raster),
+        raster_(p.raster < rows_ ? p.raster : rows_),
         work_(int(blockIdx.x) / C::kCluster) {}
 
   DEVICE_FN bool done() const { return work_ >= rows_ * columns_; }
