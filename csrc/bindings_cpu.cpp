@@ -2,10 +2,13 @@
 #include "bindings_cpu.h"
 
 #include "fp8_matmul/cpu.h"
+#include "fp8_quantize/cpu.h"
+#include "grouped_matmul/cpu.h"
 #include "mla_decode/cpu.h"
 #include "moe_gate/cpu.h"
 #include "moe_permute/cpu.h"
 #include "moe_sort/cpu.h"
+#include "swiglu/cpu.h"
 
 namespace deepseek_kernels {
 namespace {
@@ -26,8 +29,9 @@ void bind_fp8_matmul(py::module_& m) {
   m.def(
       "fp8_matmul",
       [](address a, address scale_a, address b, address scale_b, address bias, address d, address workspace, int64_t m,
-         int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldd, int64_t scale_a_stride_m, int64_t scale_a_stride_k,
-         int64_t scale_b_stride_n, int64_t scale_b_stride_k, int out_dtype, bool accumulate, int threads) {
+         int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldd, int64_t scale_a_stride_m,
+         int64_t scale_a_stride_k, int64_t scale_b_stride_n, int64_t scale_b_stride_k, int out_dtype, bool accumulate,
+         int threads) {
         fp8_matmul_cpu({at<uint8_t>(a), at<float>(scale_a), at<uint8_t>(b), at<float>(scale_b), at<float>(bias),
                         at<void>(d), at<float>(workspace), m, n, k, lda, ldb, ldd, scale_a_stride_m, scale_a_stride_k,
                         scale_b_stride_n, scale_b_stride_k, Dtype(out_dtype), accumulate},
@@ -38,6 +42,85 @@ void bind_fp8_matmul(py::module_& m) {
       "out_dtype"_a, "accumulate"_a, "threads"_a, release_gil());
 }
 
+void bind_fp8_quantize(py::module_& m) {
+  m.def(
+      "fp8_quantize",
+      [](address x, address q, address scale, int64_t m, int64_t k, int dtype, int block_m, int block_k, int64_t ldx,
+         int64_t ldq, int64_t scale_stride_m, int64_t scale_stride_k, bool pow2_scale, int threads) {
+        fp8_quantize_cpu({at<void>(x), at<void>(q), at<float>(scale), m, k, Dtype(dtype), block_m, block_k, ldx, ldq,
+                          scale_stride_m, scale_stride_k, pow2_scale, nullptr},
+                         threads);
+      },
+      kw_only(), "x"_a, "q"_a, "scale"_a, "m"_a, "k"_a, "dtype"_a, "block_m"_a, "block_k"_a, "ldx"_a, "ldq"_a,
+      "scale_stride_m"_a, "scale_stride_k"_a, "pow2_scale"_a, "threads"_a, release_gil());
+  m.def(
+      "fp8_dequantize",
+      [](address q, address scale, address out, int64_t m, int64_t k, int64_t ldq, int64_t ld_out,
+         int64_t scale_stride_m, int64_t scale_stride_k, int block_m, int block_k, int dtype, int threads) {
+        fp8_dequantize_cpu({at<uint8_t>(q), at<float>(scale), at<void>(out), m, k, ldq, ld_out, scale_stride_m,
+                            scale_stride_k, block_m, block_k, Dtype(dtype)},
+                           threads);
+      },
+      kw_only(), "q"_a, "scale"_a, "out"_a, "m"_a, "k"_a, "ldq"_a, "ld_out"_a, "scale_stride_m"_a, "scale_stride_k"_a,
+      "block_m"_a, "block_k"_a, "dtype"_a, "threads"_a, release_gil());
+}
+
+void bind_grouped_matmul(py::module_& m) {
+  m.def("grouped_matmul_workspace", &grouped_matmul_workspace, kw_only(), "num_tokens"_a, "num_rows"_a, "k"_a,
+        "num_experts"_a, "threads"_a);
+  m.def(
+      "grouped_matmul",
+      [](address a, address scale_a, address b, address scale_b, address expert_offsets, address pos_to_token_topk,
+         address d, address workspace, int64_t num_tokens, int64_t num_rows, int64_t n, int64_t k, int64_t num_experts,
+         int64_t lda, int64_t ldb, int64_t ldd, int64_t b_stride_e, int64_t scale_a_stride_m, int64_t scale_a_stride_k,
+         int64_t scale_b_stride_e, int64_t scale_b_stride_n, int64_t scale_b_stride_k, int top_k, int dtype,
+         int out_dtype, int threads) {
+        grouped_matmul_cpu({at<void>(a),
+                            at<float>(scale_a),
+                            at<void>(b),
+                            at<float>(scale_b),
+                            at<int32_t>(expert_offsets),
+                            at<int32_t>(pos_to_token_topk),
+                            at<void>(d),
+                            at<float>(workspace),
+                            num_tokens,
+                            num_rows,
+                            n,
+                            k,
+                            num_experts,
+                            lda,
+                            ldb,
+                            ldd,
+                            b_stride_e,
+                            scale_a_stride_m,
+                            scale_a_stride_k,
+                            scale_b_stride_e,
+                            scale_b_stride_n,
+                            scale_b_stride_k,
+                            top_k,
+                            Dtype(dtype),
+                            Dtype(out_dtype)},
+                           threads);
+      },
+      kw_only(), "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "expert_offsets"_a, "pos_to_token_topk"_a, "d"_a,
+      "workspace"_a, "num_tokens"_a, "num_rows"_a, "n"_a, "k"_a, "num_experts"_a, "lda"_a, "ldb"_a, "ldd"_a,
+      "b_stride_e"_a, "scale_a_stride_m"_a, "scale_a_stride_k"_a, "scale_b_stride_e"_a, "scale_b_stride_n"_a,
+      "scale_b_stride_k"_a, "top_k"_a, "dtype"_a, "out_dtype"_a, "threads"_a, release_gil());
+}
+
+void bind_swiglu(py::module_& m) {
+  m.def(
+      "swiglu",
+      [](address gate_up, address weights, address pos_to_token_topk, address out, address scale_out, int64_t num_rows,
+         int64_t intermediate, int64_t num_weights, int64_t ld, float clamp, int dtype, int threads) {
+        swiglu_cpu({at<void>(gate_up), at<float>(weights), at<int32_t>(pos_to_token_topk), at<void>(out),
+                    at<float>(scale_out), num_rows, intermediate, num_weights, ld, clamp, Dtype(dtype)},
+                   threads);
+      },
+      kw_only(), "gate_up"_a, "weights"_a, "pos_to_token_topk"_a, "out"_a, "scale_out"_a, "num_rows"_a,
+      "intermediate"_a, "num_weights"_a, "ld"_a, "clamp"_a, "dtype"_a, "threads"_a, release_gil());
+}
+
 void bind_mla_decode(py::module_& m) {
   m.def("mla_decode_workspace", &mla_decode_workspace, kw_only(), "rows"_a, "d_latent"_a, "d_rope"_a, "threads"_a);
   m.def(
@@ -46,10 +129,31 @@ void bind_mla_decode(py::module_& m) {
          address workspace, int64_t b, int64_t s_q, int64_t h_q, int64_t d_latent, int64_t d_rope, int64_t num_pages,
          int64_t page_size, int64_t max_pages, int64_t q_stride_b, int64_t q_stride_s, int64_t q_stride_h,
          int64_t page_bytes, int64_t row_bytes, float scale, int dtype, bool causal, bool fp8, int threads) {
-        mla_decode_cpu({at<void>(q), at<void>(kv_cache), at<int32_t>(block_table), at<int32_t>(seqlens_kv),
-                        at<float>(sink), at<void>(out), at<float>(lse), at<float>(workspace), b, s_q, h_q, d_latent,
-                        d_rope, num_pages, page_size, max_pages, q_stride_b, q_stride_s, q_stride_h, page_bytes,
-                        row_bytes, scale, Dtype(dtype), causal, fp8},
+        mla_decode_cpu({at<void>(q),
+                        at<void>(kv_cache),
+                        at<int32_t>(block_table),
+                        at<int32_t>(seqlens_kv),
+                        at<float>(sink),
+                        at<void>(out),
+                        at<float>(lse),
+                        at<float>(workspace),
+                        b,
+                        s_q,
+                        h_q,
+                        d_latent,
+                        d_rope,
+                        num_pages,
+                        page_size,
+                        max_pages,
+                        q_stride_b,
+                        q_stride_s,
+                        q_stride_h,
+                        page_bytes,
+                        row_bytes,
+                        scale,
+                        Dtype(dtype),
+                        causal,
+                        fp8},
                        threads);
       },
       kw_only(), "q"_a, "kv_cache"_a, "block_table"_a, "seqlens_kv"_a, "sink"_a, "out"_a, "lse"_a, "workspace"_a, "b"_a,
@@ -98,9 +202,20 @@ void bind_moe_permute(py::module_& m) {
          int top_k, int64_t num_rows, int64_t row_bytes, int64_t ldx_bytes, int64_t ld_out_bytes, int64_t scale_columns,
          int64_t scale_stride_t, int64_t scale_stride_s, int64_t out_scale_stride_r, int64_t out_scale_stride_s,
          int threads) {
-        moe_permute_cpu({{nullptr, at<int32_t>(pos_to_token_topk), num_tokens, num_rows, top_k}, at<void>(x),
-                         at<void>(out), at<float>(scale), at<float>(out_scale), row_bytes, scale_columns, ldx_bytes,
-                         ld_out_bytes, scale_stride_t, scale_stride_s, out_scale_stride_r, out_scale_stride_s, nullptr},
+        moe_permute_cpu({{nullptr, at<int32_t>(pos_to_token_topk), num_tokens, num_rows, top_k},
+                         at<void>(x),
+                         at<void>(out),
+                         at<float>(scale),
+                         at<float>(out_scale),
+                         row_bytes,
+                         scale_columns,
+                         ldx_bytes,
+                         ld_out_bytes,
+                         scale_stride_t,
+                         scale_stride_s,
+                         out_scale_stride_r,
+                         out_scale_stride_s,
+                         nullptr},
                         threads);
       },
       kw_only(), "x"_a, "scale"_a, "pos_to_token_topk"_a, "out"_a, "out_scale"_a, "num_tokens"_a, "top_k"_a,
@@ -110,8 +225,15 @@ void bind_moe_permute(py::module_& m) {
       "moe_unpermute",
       [](address y, address token_topk_to_pos, address weights, address out, int64_t num_tokens, int top_k,
          int64_t num_rows, int64_t hidden, int dtype, int64_t ldy, int64_t ld_out, int threads) {
-        moe_unpermute_cpu({{at<int32_t>(token_topk_to_pos), nullptr, num_tokens, num_rows, top_k}, at<void>(y),
-                           at<float>(weights), at<void>(out), hidden, Dtype(dtype), ldy, ld_out, nullptr},
+        moe_unpermute_cpu({{at<int32_t>(token_topk_to_pos), nullptr, num_tokens, num_rows, top_k},
+                           at<void>(y),
+                           at<float>(weights),
+                           at<void>(out),
+                           hidden,
+                           Dtype(dtype),
+                           ldy,
+                           ld_out,
+                           nullptr},
                           threads);
       },
       kw_only(), "y"_a, "token_topk_to_pos"_a, "weights"_a, "out"_a, "num_tokens"_a, "top_k"_a, "num_rows"_a,
@@ -124,11 +246,15 @@ void bind_cpu(py::module_& module) {
   py::module_ m = module.def_submodule("cpu", "Kernels for CPU memory. `threads` is the caller's thread count.");
   m.def("isa", [] { return name(cpu_isa()); }, "The instruction set in use.");
   bind_fp8_matmul(m);
+  bind_fp8_quantize(m);
+  bind_grouped_matmul(m);
   bind_mla_decode(m);
   bind_moe_gate(m);
   bind_moe_permute(m);
   bind_moe_sort(m);
-  m.attr("ops") = py::make_tuple("fp8_matmul", "mla_decode", "moe_gate", "moe_permute", "moe_sort", "moe_unpermute");
+  bind_swiglu(m);
+  m.attr("ops") = py::make_tuple("fp8_dequantize", "fp8_matmul", "fp8_quantize", "grouped_matmul", "mla_decode",
+                                 "moe_gate", "moe_permute", "moe_sort", "moe_unpermute", "swiglu");
 }
 
 }  // namespace deepseek_kernels

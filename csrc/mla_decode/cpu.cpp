@@ -1,9 +1,12 @@
 // out = softmax(scale * q k^T) v over a paged cache whose rows are keys, and values in their first d_latent columns.
 //
-// Tiling:  the cached tokens of all sequences, in blocks of kMlaTokens, are cut into one equal run per thread, so that ragged
-//          batches balance. A block is decoded to fp32 once (L2) and used by every row of s_q * h_q queries: scores by dot
-//          products of kTileM queries with kTileN tokens, then the weighted sum kTileM queries by 4 registers of columns.
-// Merge:   a sequence that lies in several runs leaves one partial (output, maximum, sum) per run; they are merged in the
+// Tiling:  the cached tokens of all sequences, in blocks of kMlaTokens, are cut into one equal run per thread, so that
+// ragged
+//          batches balance. A block is decoded to fp32 once (L2) and used by every row of s_q * h_q queries: scores by
+//          dot products of kTileM queries with kTileN tokens, then the weighted sum kTileM queries by 4 registers of
+//          columns.
+// Merge:   a sequence that lies in several runs leaves one partial (output, maximum, sum) per run; they are merged in
+// the
 //          order of the tokens. Results depend on the number of threads in the last bits, on nothing else.
 // Floor:   bytes of the cache for few heads; 2 * s_q * h_q * (d_qk + d_latent) flops a token for many.
 #include "mla_decode/cpu.h"
@@ -30,9 +33,16 @@ struct Worker {
   float* partials;
 
   Worker(const MlaDecodeCpuParams& p, float* w)
-      : p(p), rows(p.s_q * p.h_q), width(mla_align(p.d_latent + p.d_rope)), value_width(mla_align(p.d_latent)),
-        query(w), scores(query + rows * width), alpha(scores + rows * kMlaTokens), tile(alpha + rows),
-        state(tile + (kMlaTokens + 4) * width, rows, value_width), partials(state.out + rows * (value_width + 2)) {}
+      : p(p),
+        rows(p.s_q * p.h_q),
+        width(mla_align(p.d_latent + p.d_rope)),
+        value_width(mla_align(p.d_latent)),
+        query(w),
+        scores(query + rows * width),
+        alpha(scores + rows * kMlaTokens),
+        tile(alpha + rows),
+        state(tile + (kMlaTokens + 4) * width, rows, value_width),
+        partials(state.out + rows * (value_width + 2)) {}
 
   State partial(int which) const { return State(partials + which * rows * (value_width + 2), rows, value_width); }
   int64_t length(int64_t b) const {
@@ -129,10 +139,13 @@ struct Worker {
     for (int64_t t = 0; t < count; ++t) {
       const char* row = token(b, begin + t);
       absent[t] = row == nullptr;
-      if (absent[t]) std::memset(tile + t * width, 0, sizeof(float) * size_t(width));
-      else decode<kDtype>(row, tile + t * width);
+      if (absent[t])
+        std::memset(tile + t * width, 0, sizeof(float) * size_t(width));
+      else
+        decode<kDtype>(row, tile + t * width);
     }
-    std::memset(tile + count * width, 0, sizeof(float) * size_t(width) * 4);  // a tile of tokens may reach past the last
+    std::memset(tile + count * width, 0,
+                sizeof(float) * size_t(width) * 4);  // a tile of tokens may reach past the last
     int64_t i = 0;
     for (; i + kTileM <= rows; i += kTileM) dot<kTileM>(i, count);
     for (; i < rows; ++i) dot<1>(i, count);
@@ -177,8 +190,10 @@ struct Worker {
     for (int64_t c = 0; c < p.d_latent; c += kLanes) {
       const Vec v = load(out + c) * factor;
       const int64_t left = p.d_latent - c;
-      if (left >= kLanes) store_as<kDtype>(to + c * kBytes, v);
-      else store_part<kDtype>(to + c * kBytes, v, int(left));
+      if (left >= kLanes)
+        store_as<kDtype>(to + c * kBytes, v);
+      else
+        store_part<kDtype>(to + c * kBytes, v, int(left));
     }
   }
 };

@@ -1,9 +1,10 @@
-// weights, indices = the top_k experts of each token by score + bias, within the topk_groups best groups; the weights are
-// the unbiased scores. Ties go to the lower index.
+// weights, indices = the top_k experts of each token by score + bias, within the topk_groups best groups; the weights
+// are the unbiased scores. Ties go to the lower index.
 //
-// One token at a time: scores and biased scores in a row of scratch (L1), the best of each group, then one ascending scan
-// that compares a register with the smallest of the chosen so far and inserts what is larger: about K ln(E/K) insertions.
-// Scores are fp32 with this library's exp, within 2 steps of torch's: two experts closer than that may change places.
+// One token at a time: scores and biased scores in a row of scratch (L1), the best of each group, then one ascending
+// scan that compares a register with the smallest of the chosen so far and inserts what is larger: about K ln(E/K)
+// insertions. Scores are fp32 with this library's exp, within 2 steps of torch's: two experts closer than that may
+// change places.
 #include "moe_gate/cpu.h"
 
 #include "common/cpu/parallel.h"

@@ -42,11 +42,9 @@ extern bool cpu_forked;
     }                                                             \
   }
 #else
-#define DSK_CPU_KERNEL(function, Params)                          \
-  namespace base {                                                \
-  void function(const Params& params, int threads);               \
-  }                                                               \
-  inline void function##_cpu(const Params& params, int threads) { \
-    base::function(params, threads);                              \
-  }
+#define DSK_CPU_KERNEL(function, Params)            \
+  namespace base {                                  \
+  void function(const Params& params, int threads); \
+  }                                                 \
+  inline void function##_cpu(const Params& params, int threads) { base::function(params, threads); }
 #endif

@@ -54,8 +54,8 @@ void stream_tile(const float* const* a, const Weight& weight, int64_t j, int64_t
     multiply<kM, kN>(a, [&](int r, int64_t c) { return weight.load(j + r, c, scale[r]); }, block, whole, acc);
     if (whole < end) {
       const int rest = int(end - whole);
-      multiply<kM, kN>(a, [&](int r, int64_t c) { return weight.load_part(j + r, c, rest, scale[r]); }, whole,
-                       whole + kLanes, acc);
+      multiply<kM, kN>(
+          a, [&](int r, int64_t c) { return weight.load_part(j + r, c, rest, scale[r]); }, whole, whole + kLanes, acc);
     }
   }
   for (int i = 0; i < kM; ++i)
@@ -109,7 +109,8 @@ void chunked_rows(const float* const* a, int m, const Weight& weight, int64_t j,
       weight.prefetch(j + r, begin);
       for (int64_t c = begin; c < end; c += kLanes) {
         const Vec scale = weight.scale(j + r, c);
-        const Vec w = c + kLanes <= end ? weight.load(j + r, c, scale) : weight.load_part(j + r, c, int(end - c), scale);
+        const Vec w =
+            c + kLanes <= end ? weight.load(j + r, c, scale) : weight.load_part(j + r, c, int(end - c), scale);
         store(tile + r * kChunk + (c - begin), w);
       }
     }

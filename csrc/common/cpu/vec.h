@@ -74,16 +74,15 @@ inline float from_e4m3(uint8_t v) {
   if (magnitude < 8) return as_float(sign | as_bits(float(magnitude) * 0.001953125f));  // 2^-9
   return as_float(sign | ((magnitude << 20) + (120u << 23)));
 }
-// Rounds to nearest even and saturates at 448; NaN stays NaN.
+// Rounds to nearest even and saturates at 448; NaN stays NaN. Without branches, so that loops over it become registers.
 inline uint8_t to_e4m3(float f) {
   const uint32_t bits = as_bits(f), magnitude = bits & 0x7FFFFFFF;
-  const uint8_t sign = uint8_t(bits >> 24 & 0x80);
-  if (magnitude > 0x7F800000) return sign | 0x7F;
   const uint32_t clamped = magnitude < 0x43E00000 ? magnitude : 0x43E00000;
-  if (clamped < 0x3C800000) {  // below 2^-6 the step is 2^-9, fp32's own step at 2^14
-    return uint8_t(sign | (as_bits(as_float(clamped) + 16384.f) - 0x46800000));
-  }
-  return uint8_t(sign | (((clamped + 0x7FFFF + (clamped >> 20 & 1)) >> 20) - (120 << 3)));
+  // below 2^-6 the step is 2^-9, fp32's own step at 2^14: the addition rounds
+  const uint32_t small = as_bits(as_float(clamped) + 16384.f) - 0x46800000;
+  const uint32_t normal = ((clamped + 0x7FFFF + (clamped >> 20 & 1)) >> 20) - (120 << 3);
+  const uint32_t code = clamped < 0x3C800000 ? small : normal;
+  return uint8_t((magnitude > 0x7F800000 ? 0x7F : code) | (bits >> 24 & 0x80));
 }
 
 #if defined(DSK_AVX512)
@@ -104,7 +103,8 @@ inline Vec load_e4m3(const uint8_t* p) {
   const __m256i w = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
   const __m256i bits = _mm256_and_si256(w, _mm256_set1_epi16(int16_t(0xBF80)));
   const __m512 f = _mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(256.f));
-  const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(bits, _mm256_set1_epi16(0x3F80)), _mm256_set1_epi16(0x3F80));
+  const __mmask16 nan =
+      _mm256_cmpeq_epi16_mask(_mm256_and_si256(bits, _mm256_set1_epi16(0x3F80)), _mm256_set1_epi16(0x3F80));
   return {_mm512_mask_mov_ps(f, nan, _mm512_set1_ps(as_float(0x7FC00000)))};
 }
 inline void store_bf16(uint16_t* p, Vec a) {
@@ -132,7 +132,8 @@ inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 // 2^n for integral n in [-126, 127]
 inline Vec exp2_integer(Vec n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+  return {
+      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
 }
 #elif defined(DSK_AVX2)
 constexpr int kLanes = 8;
@@ -152,7 +153,8 @@ inline Vec load_e4m3(const uint8_t* p) {
   const __m128i bits = _mm_and_si128(w, _mm_set1_epi16(int16_t(0xBF80)));
   const __m256 f = _mm256_mul_ps(_mm256_cvtph_ps(bits), _mm256_set1_ps(256.f));
   const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(bits, _mm_set1_epi16(0x3F80)), _mm_set1_epi16(0x3F80));
-  return {_mm256_or_ps(f, _mm256_castsi256_ps(_mm256_and_si256(_mm256_cvtepi16_epi32(nan), _mm256_set1_epi32(0x7FC00000))))};
+  return {_mm256_or_ps(
+      f, _mm256_castsi256_ps(_mm256_and_si256(_mm256_cvtepi16_epi32(nan), _mm256_set1_epi32(0x7FC00000))))};
 }
 inline void store_bf16(uint16_t* p, Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v), high = _mm256_srli_epi32(bits, 16);
@@ -186,17 +188,18 @@ inline float largest(Vec a) {
 }
 inline bool any_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }
 inline Vec exp2_integer(Vec n) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+  return {
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
 }
 #else
 constexpr int kLanes = 8;  // short loops that the compiler turns into whatever the baseline has
 struct Vec {
   float v[kLanes];
 };
-#define DSK_EACH(expression)                                  \
-  do {                                                        \
-    for (int i = 0; i < kLanes; ++i) r.v[i] = (expression);   \
-    return r;                                                 \
+#define DSK_EACH(expression)                                \
+  do {                                                      \
+    for (int i = 0; i < kLanes; ++i) r.v[i] = (expression); \
+    return r;                                               \
   } while (false)
 inline Vec splat(float f) {
   Vec r;

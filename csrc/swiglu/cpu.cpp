@@ -1,0 +1,76 @@
+// out[r] = silu(min(gate, c)) * clamp(up, -c, c) * w[r], optionally quantised 1x128; rows without an entry are zero.
+//
+// Row-parallel, 128 columns at a time through a buffer in L1, where the block's amax is taken before it is encoded.
+// Bytes: 2*R*I*b read, R*I*b written.
+#include "swiglu/cpu.h"
+
+#include "common/cpu/fp8_block.h"
+#include "common/cpu/parallel.h"
+
+namespace deepseek_kernels::DSK_ISA {
+namespace {
+
+constexpr int64_t kBlock = 128;
+
+template <Dtype kDtype>
+inline Vec load_some(const char* p, int64_t left) {
+  return left >= kLanes ? load_as<kDtype>(p) : load_part<kDtype>(p, int(left));
+}
+
+// min that keeps a NaN in x.
+inline Vec at_most(Vec x, Vec limit) { return min(limit, x); }
+inline Vec at_least(Vec x, Vec limit) { return max(limit, x); }
+
+template <Dtype kDtype>
+void row(const SwigluCpuParams& p, int64_t r) {
+  constexpr int kBytes = kDtype == Dtype::kFp32 ? 4 : 2;
+  const int64_t blocks = (p.intermediate + kBlock - 1) / kBlock;
+  char* out = static_cast<char*>(p.out) + r * p.intermediate * (p.scale_out == nullptr ? kBytes : 1);
+  float* scales = p.scale_out == nullptr ? nullptr : p.scale_out + r * blocks;
+  const int64_t entry = p.pos_to_token_topk == nullptr ? r : p.pos_to_token_topk[r];
+  if (entry < 0 || (p.weights != nullptr && entry >= p.num_weights)) {
+    std::memset(out, 0, size_t(p.intermediate * (scales == nullptr ? kBytes : 1)));
+    for (int64_t i = 0; scales != nullptr && i < blocks; ++i) scales[i] = 0.f;
+    return;
+  }
+  const char* gate = static_cast<const char*>(p.gate_up) + r * p.ld * kBytes;
+  const char* up = gate + p.intermediate * kBytes;
+  const Vec weight = splat(p.weights == nullptr ? 1.f : p.weights[entry]), one = splat(1.f);
+  const bool clamped = p.clamp < as_float(0x7F800000);
+  const Vec high = splat(p.clamp), low = splat(-p.clamp);
+  alignas(64) float buffer[kBlock];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = b * kBlock, count = p.intermediate - begin < kBlock ? p.intermediate - begin : kBlock;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec g = load_some<kDtype>(gate + (begin + i) * kBytes, count - i);
+      Vec u = load_some<kDtype>(up + (begin + i) * kBytes, count - i);
+      if (clamped) g = at_most(g, high), u = at_least(at_most(u, high), low);
+      store(buffer + i, g / (one + exp(zero() - at_least(g, splat(-88.f)))) * u * weight);
+    }
+    if (scales != nullptr) {
+      scales[b] = fp8_scale(amax_of(buffer, count, 0.f), false);
+      encode(buffer, count, scales[b], reinterpret_cast<uint8_t*>(out) + begin);
+      continue;
+    }
+    for (int64_t i = 0; i < count; i += kLanes) {
+      char* to = out + (begin + i) * kBytes;
+      if (count - i >= kLanes)
+        store_as<kDtype>(to, load(buffer + i));
+      else
+        store_part<kDtype>(to, load(buffer + i), int(count - i));
+    }
+  }
+}
+
+}  // namespace
+
+void swiglu(const SwigluCpuParams& p, int threads) {
+  const int64_t grain = 16384 / (p.intermediate + 1) + 1;
+  with_dtype(p.dtype, [&](auto tag) {
+    parallel_runs(p.num_rows, grain, threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; ++r) row<decltype(tag)::kDtype>(p, r);
+    });
+  });
+}
+
+}  // namespace deepseek_kernels::DSK_ISA

@@ -1,0 +1,22 @@
+#pragma once
+#include <cstdint>
+
+#include "common/cpu/isa.h"
+#include "common/dtype.h"
+
+namespace deepseek_kernels {
+
+struct SwigluCpuParams {
+  const void* gate_up;               // [num_rows, 2 * intermediate] of dtype: gate columns, then up columns
+  const float* weights;              // [num_weights]; may be nullptr: all ones
+  const int32_t* pos_to_token_topk;  // [num_rows]: entry of weights, -1: the row is zero; nullptr: row r has weights[r]
+  void* out;                         // [num_rows, intermediate] of dtype, or e4m3 with scale_out
+  float* scale_out;                  // [num_rows, ceil(intermediate / 128)]; nullptr: not quantised
+  int64_t num_rows, intermediate, num_weights, ld;
+  float clamp;  // infinity: none
+  Dtype dtype;
+};
+
+DSK_CPU_KERNEL(swiglu, SwigluCpuParams)
+
+}  // namespace deepseek_kernels
