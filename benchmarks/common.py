@@ -239,6 +239,17 @@ def try_once(bench: Bench, provider: Provider, args: tuple, expected: tuple) -> 
     return check(actual, expected, provider.tolerance or bench.tolerance), relative_error(actual, expected)
 
 
+def _record(bench: Bench, case: Case, provider: str, backend: str) -> dict[str, Any]:
+    dims = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in case.dims.items()}
+    names = {"op": bench.label, "case": case.name, "dims": dims, "provider": provider, "backend": backend}
+    return names | {"status": "ok"}
+
+
+def failure(bench: Bench, case: Case, reason: str) -> dict[str, Any]:
+    """The record of a case that broke before any provider ran."""
+    return _record(bench, case, "inputs and reference", "reference") | {"status": "failed", "reason": reason}
+
+
 def run_case(
     bench: Bench, case: Case, device: torch.device, *, quick: bool = False, compiled: bool = False
 ) -> list[dict[str, Any]]:
@@ -252,17 +263,8 @@ def run_case(
     with torch.set_grad_enabled(any(t.requires_grad for t in _tensors(args))):
         expected = reference(bench, args)
         for provider in (*ours(bench, args), *peers(bench, device, compiled)):
-            record = {
-                "op": bench.label,
-                "case": case.name,
-                "dims": {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in case.dims.items()},
-                "provider": provider.name,
-                "backend": provider.backend,
-                "config": provider.config,
-                "status": "ok",
-                "flops": flops,
-                "bytes": num_bytes,
-            }
+            record = _record(bench, case, provider.name, provider.backend)
+            record |= {"config": provider.config, "flops": flops, "bytes": num_bytes}
             records.append(record)
             try:
                 reason, record["relative_error"] = try_once(bench, provider, args, expected)

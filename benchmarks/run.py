@@ -1,19 +1,24 @@
 """Time the ops against what a user would otherwise run.
 
-    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--compile] [--out FILE.jsonl]
+    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--compile]
+                             [--out FILE.jsonl [--resume] [--budget SECONDS]]
 
-The exit code is 1 if any of our results was wrong or could not be made.
+Exit codes: 1 if any of our results was wrong or could not be made, 4 if the device stopped working (an illegal
+access; with --resume the next run goes on after that case), 75 if the budget left cases over.
 """
 
 import argparse
 import importlib
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import Bench, Case, environment, run_case, write
+from common import Bench, Case, environment, failure, run_case, write
 
+WRONG, DEVICE_LOST, LEFT_OVER = 1, 4, 75
 COLUMNS = (
     "provider",
     "p20 us",
@@ -69,36 +74,74 @@ def show(bench: Bench, case: Case, records: list[dict]) -> None:
     sys.stdout.flush()
 
 
+def chosen(options, device: torch.device) -> Iterator[tuple[Bench, Case]]:
+    for family in benches(options.op).values():
+        for bench in family:
+            for case in bench.cases:
+                if (options.quick and not case.quick) or device.type not in case.devices:
+                    continue
+                if not options.case or case.name in options.case:
+                    yield bench, case
+
+
+def finished(file: Path, about: dict) -> set[tuple[str, str]]:
+    """(op, case) of the records that this commit already made on this device."""
+    records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    same = ("device_name", "commit")
+    return {(r["op"], r["case"]) for r in records if all(r[k] == about[k] for k in same)}
+
+
+def measure(bench: Bench, case: Case, device: torch.device, options) -> list[dict]:
+    try:
+        return run_case(bench, case, device, quick=options.quick, compiled=options.compile)
+    except Exception as error:  # inputs or reference: the other cases still count
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [failure(bench, case, reason)]
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the device still works: after an illegal access it does not, for the rest of the process."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--op", nargs="+", metavar="NAME", help="families, as in bench_<NAME>.py; all of them if left out"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="families, as in bench_<NAME>.py; all if left out")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the small cases only, few samples")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager peer")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one line per provider and case")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that --out holds for this commit")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="then start no more cases"
+    )
     options = parser.parse_args()
 
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     about = environment(device)
     print(f"{about['device_name']}, {about['versions']}, commit {about['commit']}")
     start, failures = time.perf_counter(), 0
-    for family in benches(options.op).values():
-        for bench in family:
-            for case in bench.cases:
-                if (options.quick and not case.quick) or device.type not in case.devices:
-                    continue
-                if options.case and case.name not in options.case:
-                    continue
-                records = run_case(bench, case, device, quick=options.quick, compiled=options.compile)
-                failures += sum(bool(r["backend"]) and r["status"] != "ok" for r in records)
-                show(bench, case, records)
-                if options.out:
-                    write(options.out, [record | about for record in records])
-    print(f"\n{time.perf_counter() - start:.0f} s, {failures} of our results wrong or missing")
-    return bool(failures)
+    skip = finished(options.out, about) if options.resume and options.out else set()
+    todo = [(bench, case) for bench, case in chosen(options, device) if (bench.label, case.name) not in skip]
+    while todo and time.perf_counter() - start < options.budget:
+        bench, case = todo.pop(0)
+        records = measure(bench, case, device, options)
+        failures += sum(bool(r["backend"]) and r["status"] != "ok" for r in records)
+        show(bench, case, records)
+        if options.out:
+            write(options.out, [record | about for record in records])
+        if not usable(device):
+            print(f"the device stopped working in {bench.label} {case.name}")
+            return DEVICE_LOST
+    print(f"\n{time.perf_counter() - start:.0f} s, {failures} of our results wrong or missing, {len(todo)} cases left")
+    return WRONG if failures else LEFT_OVER if todo else 0
 
 
 if __name__ == "__main__":

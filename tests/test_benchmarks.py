@@ -85,6 +85,17 @@ def test_command_line(tmp_path):
     assert (out.parent / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_resumes_within_its_budget(tmp_path):
+    out = tmp_path / "out.jsonl"
+    common_options = ("--op", "moe_permute", "--out", out, "--resume")
+    assert run(*common_options, "--budget", "0").returncode == 75
+    assert run(*common_options).returncode == 0
+    first = out.read_text()
+    again = run(*common_options, "--budget", "0")
+    assert again.returncode == 0 and "0 cases left" in again.stdout
+    assert out.read_text() == first
+
+
 def test_unknown_family():
     done = run("--op", "moe_permut")
     assert done.returncode != 0 and "there are" in done.stderr and "moe_permute" in done.stderr
