@@ -3,9 +3,9 @@
     s_rj = scale q_r . row_j        lse_r = log sum_j exp(s_rj)        out_r = sum_j exp(s_rj - lse_r) row_j[:d_latent]
 
 Tiling:  program (sequence, split, block) has BLOCK_H of the s_q * h_q query rows and one of num_splits equal parts of
-         the sequence, BLOCK_N tokens at a time. The latent is held in quarters, each with one FP8 scale, which
-         multiplies a row's scores and weights instead of the row; a tile is loaded once and serves as key
-         (transposed) and as value.
+         the sequence, BLOCK_N tokens at a time. A tile is loaded once and serves as key (transposed) and as value,
+         in halves of d_latent columns, or, FP8, in quarters of 128: each row's scale multiplies its scores and its
+         weights, never the row.
          Blocks of one part run next to each other and share its rows in L2. Parts are cut on the device by seqlens_kv.
          With more than one split, `_combine` merges (out, lse) of the parts in order.
 Bytes:   b*s_q*h_q*(2*d_latent+64)*2 + sum(seqlens_kv)*row, row = 1152 (bf16) or 656 (FP8).
@@ -22,133 +22,67 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load_quarter(
-    row, present, WIDTH: tl.constexpr, PART: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr
+def _share(
+    seqlens_kv, s_q, h_q, capacity, num_splits, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
 ):
-    """Columns [PART * WIDTH, (PART + 1) * WIDTH) of the latents at `row` [BLOCK_N], unscaled, and their scales.
-
-    Absent rows, which may hold NaN, are 0. Every e4m3 is a bf16 and a fp16, so nothing is rounded.
-    """
-    column = PART * WIDTH + tl.arange(0, WIDTH)
-    value = tl.load(row[:, None] + column[None, :], mask=present[:, None], other=0)
-    if FP8:
-        if NATIVE:
-            value = value.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-        else:
-            value = e4m3_decode(value).to(DTYPE)
-        scale = tl.load((row + 4 * WIDTH).to(tl.pointer_type(tl.float32), bitcast=True) + PART, mask=present, other=0.0)
-    else:
-        scale = tl.full(row.shape, 1.0, tl.float32)
-    return value, scale
-
-
-@triton.jit
-def _add_score(score, q, key, scale, FP8: tl.constexpr):
-    """score + scale * (q . key)"""
-    if FP8:
-        score += dot(q, tl.trans(key), tl.zeros_like(score)) * scale[None, :]
-    else:
-        score = dot(q, tl.trans(key), score)
-    return score
-
-
-@triton.jit
-def _add_value(total, shrink, weight, value, scale, FP8: tl.constexpr):
-    """total * shrink + (weight * scale) @ value
-
-    Weights times scales may be too small for fp16; with FP8 values they are bf16 then.
-    """
-    if FP8:
-        weight *= scale[None, :]
-        if value.dtype == tl.float16:
-            value = value.to(tl.bfloat16)
-    return dot(narrow(weight, value.dtype), value, total * shrink[:, None])
-
-
-@triton.jit
-def _attend(
-    q, kv_cache, block_table, seqlens_kv, sink, out, lse, scale, s_q, h_q, pages, max_pages, capacity, num_splits,
-    q_stride_b, q_stride_s, q_stride_h, page_stride,
-    ROW_STRIDE: tl.constexpr, WIDTH: tl.constexpr, D_ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
-    FP8: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = q.dtype.element_ty
+    """What this program does: its sequence and split, its query rows, and [begin, end) of its tokens."""
     num_rows = s_q * h_q
     num_blocks = tl.cdiv(num_rows, BLOCK_H)
     part = tl.program_id(0) // num_blocks
     split = part % num_splits
     sequence = (part // num_splits).to(tl.int64)
-
     row = tl.program_id(0) % num_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = row < num_rows
-    query = row // h_q
-    head = row % h_q
     length = tl.minimum(tl.maximum(tl.load(seqlens_kv + sequence), 0), capacity)
     if CAUSAL:
-        end_of_row = length - s_q + query + 1
+        end_of_row = length - s_q + row // h_q + 1
     else:
         end_of_row = tl.zeros_like(row) + length
-    end = tl.max(tl.where(inside, end_of_row, 0), 0)
     tokens_of_part = tl.cdiv(tl.cdiv(length, BLOCK_N), num_splits) * BLOCK_N
     begin = split * tokens_of_part
-    end = tl.minimum(end, begin + tokens_of_part)
+    end = tl.minimum(tl.max(tl.where(row < num_rows, end_of_row, 0), 0), begin + tokens_of_part)
+    return sequence, split, row, end_of_row, begin, end
 
-    table = block_table + sequence * max_pages
-    column = tl.arange(0, WIDTH)
-    rope_column = 4 * WIDTH + tl.arange(0, D_ROPE)
-    q_row = q + sequence * q_stride_b + (query.to(tl.int64) * q_stride_s + head.to(tl.int64) * q_stride_h)[:, None]
-    q0 = tl.load(q_row + column[None, :], mask=inside[:, None], other=0.0)
-    q1 = tl.load(q_row + WIDTH + column[None, :], mask=inside[:, None], other=0.0)
-    q2 = tl.load(q_row + 2 * WIDTH + column[None, :], mask=inside[:, None], other=0.0)
-    q3 = tl.load(q_row + 3 * WIDTH + column[None, :], mask=inside[:, None], other=0.0)
-    q_rope = tl.load(q_row + rope_column[None, :], mask=inside[:, None], other=0.0)
 
-    top = tl.full((BLOCK_H,), -1e30, tl.float32)  # finite: no inf - inf where nothing was seen
-    mass = tl.zeros((BLOCK_H,), tl.float32)
-    total0 = tl.zeros((BLOCK_H, WIDTH), tl.float32)
-    total1 = tl.zeros((BLOCK_H, WIDTH), tl.float32)
-    total2 = tl.zeros((BLOCK_H, WIDTH), tl.float32)
-    total3 = tl.zeros((BLOCK_H, WIDTH), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        if PAGE_SIZE % BLOCK_N == 0:  # the tile lies in one page
-            page = tl.load(table + start // PAGE_SIZE)
-            present = token < tl.where((page >= 0) & (page < pages), end, 0)
-            in_page = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
-        else:
-            page = tl.load(table + token // PAGE_SIZE, mask=token < end, other=-1)
-            present = (page >= 0) & (page < pages)
-            in_page = token % PAGE_SIZE
-        kv_row = kv_cache + (page.to(tl.int64) * page_stride + in_page.to(tl.int64) * ROW_STRIDE)
-        kv0, scale0 = _load_quarter(kv_row, present, WIDTH, 0, FP8, NATIVE, DTYPE)
-        kv1, scale1 = _load_quarter(kv_row, present, WIDTH, 1, FP8, NATIVE, DTYPE)
-        kv2, scale2 = _load_quarter(kv_row, present, WIDTH, 2, FP8, NATIVE, DTYPE)
-        kv3, scale3 = _load_quarter(kv_row, present, WIDTH, 3, FP8, NATIVE, DTYPE)
-        if FP8:
-            rope = (kv_row + 4 * WIDTH + 16).to(tl.pointer_type(tl.bfloat16), bitcast=True) - 4 * WIDTH
-        else:
-            rope = kv_row
-        k_rope = tl.load(rope[:, None] + rope_column[None, :], mask=present[:, None], other=0.0).to(DTYPE)
+@triton.jit
+def _tile(
+    kv_cache, table, start, end, pages, page_stride,
+    ROW_STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tokens [start, start + BLOCK_N): their numbers, which of them are there, and where their rows begin."""
+    token = start + tl.arange(0, BLOCK_N)
+    if PAGE_SIZE % BLOCK_N == 0:  # the tile lies in one page
+        page = tl.load(table + start // PAGE_SIZE)
+        present = token < tl.where((page >= 0) & (page < pages), end, 0)
+        in_page = start % PAGE_SIZE + tl.arange(0, BLOCK_N)
+    else:
+        page = tl.load(table + token // PAGE_SIZE, mask=token < end, other=-1)
+        present = (page >= 0) & (page < pages)
+        in_page = token % PAGE_SIZE
+    return token, present, kv_cache + (page.to(tl.int64) * page_stride + in_page.to(tl.int64) * ROW_STRIDE)
 
-        score = dot(q_rope, tl.trans(k_rope), tl.zeros((BLOCK_H, BLOCK_N), tl.float32))
-        score = _add_score(score, q0, kv0, scale0, FP8)
-        score = _add_score(score, q1, kv1, scale1, FP8)
-        score = _add_score(score, q2, kv2, scale2, FP8)
-        score = _add_score(score, q3, kv3, scale3, FP8)
-        visible = present[None, :] & (token[None, :] < end_of_row[:, None])
-        score = tl.where(visible, score * (scale * _LOG2_E), float("-inf"))
 
-        new_top = tl.maximum(top, tl.max(score, 1))
-        shrink = tl.exp2(top - new_top)
-        weight = tl.exp2(score - new_top[:, None])
-        mass = mass * shrink + tl.sum(weight, 1)
-        total0 = _add_value(total0, shrink, weight, kv0, scale0, FP8)
-        total1 = _add_value(total1, shrink, weight, kv1, scale1, FP8)
-        total2 = _add_value(total2, shrink, weight, kv2, scale2, FP8)
-        total3 = _add_value(total3, shrink, weight, kv3, scale3, FP8)
-        top = new_top
+@triton.jit
+def _columns(row, present, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns [FIRST, FIRST + WIDTH) of the rows at `row`; rows that are not there, which may hold NaN, are 0."""
+    return tl.load(row[:, None] + FIRST + tl.arange(0, WIDTH)[None, :], mask=present[:, None], other=0)
 
+
+@triton.jit
+def _softmax(score, visible, scale, top, mass):
+    """Weights of one tile, and top, mass and the factor of what came before, in base 2."""
+    score = tl.where(visible, score * (scale * _LOG2_E), float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1))
+    shrink = tl.exp2(top - new_top)
+    weight = tl.exp2(score - new_top[:, None])
+    return weight, shrink[:, None], new_top, mass * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SINK: tl.constexpr, SPLIT: tl.constexpr):
+    """Store lse; return what the totals are multiplied with and the rows of `out` they go to."""
+    num_rows = s_q * h_q
+    inside = row < num_rows
+    head = row % h_q
     seen = mass != 0.0  # NaN is seen
     row_lse = tl.where(seen, (top + tl.log2(mass)) / _LOG2_E, float("-inf"))
     factor = tl.where(seen, 1.0 / mass, 0.0)
@@ -156,18 +90,134 @@ def _attend(
         factor *= tl.sigmoid(row_lse - tl.load(sink + head, mask=inside, other=0.0))
     if SPLIT:
         first = (sequence * num_splits + split) * num_rows
-        lse_at = first + row
+        tl.store(lse + first + row, row_lse, mask=inside)
     else:
         first = sequence * num_rows
-        lse_at = first + head * s_q + query
-    tl.store(lse + lse_at, row_lse, mask=inside)
+        tl.store(lse + first + head * s_q + row // h_q, row_lse, mask=inside)
+    return factor[:, None], first + row
+
+
+@triton.jit
+def _attend(
+    q, kv_cache, block_table, seqlens_kv, sink, out, lse, scale, s_q, h_q, pages, max_pages, capacity, num_splits,
+    q_stride_b, q_stride_s, q_stride_h, page_stride,
+    ROW_STRIDE: tl.constexpr, D_LATENT: tl.constexpr, D_ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    HALF: tl.constexpr = D_LATENT // 2
+    sequence, split, row, end_of_row, begin, end = _share(
+        seqlens_kv, s_q, h_q, capacity, num_splits, BLOCK_H, BLOCK_N, CAUSAL
+    )
+    inside = row < s_q * h_q
+    q_row = q + sequence * q_stride_b + (row // h_q).to(tl.int64) * q_stride_s + (row % h_q).to(tl.int64) * q_stride_h
+    q0 = _columns(q_row, inside, 0, HALF)
+    q1 = _columns(q_row, inside, HALF, HALF)
+    q_rope = _columns(q_row, inside, D_LATENT, D_ROPE)
+
+    top = tl.full((BLOCK_H,), -1e30, tl.float32)  # finite: no inf - inf where nothing was seen
+    mass = tl.zeros((BLOCK_H,), tl.float32)
+    total0 = tl.zeros((BLOCK_H, HALF), tl.float32)
+    total1 = tl.zeros((BLOCK_H, HALF), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        token, present, kv_row = _tile(
+            kv_cache, block_table + sequence * max_pages, start, end, pages, page_stride, ROW_STRIDE, PAGE_SIZE, BLOCK_N
+        )
+        kv0 = _columns(kv_row, present, 0, HALF)
+        kv1 = _columns(kv_row, present, HALF, HALF)
+        k_rope = _columns(kv_row, present, D_LATENT, D_ROPE)
+
+        score = dot(q0, tl.trans(kv0), tl.zeros((BLOCK_H, BLOCK_N), tl.float32))
+        score = dot(q1, tl.trans(kv1), score)
+        score = dot(q_rope, tl.trans(k_rope), score)
+        visible = present[None, :] & (token[None, :] < end_of_row[:, None])
+        weight, shrink, top, mass = _softmax(score, visible, scale, top, mass)
+        weight = narrow(weight, DTYPE)
+        total0 = dot(weight, kv0, total0 * shrink)
+        total1 = dot(weight, kv1, total1 * shrink)
+
+    factor, out_row = _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SINK, SPLIT)
     OUT: tl.constexpr = out.dtype.element_ty
-    factor = factor[:, None]
-    target = out + (first + row)[:, None] * (4 * WIDTH) + column[None, :]
+    target = out + out_row[:, None] * D_LATENT + tl.arange(0, HALF)[None, :]
     tl.store(target, narrow(total0 * factor, OUT), mask=inside[:, None])
-    tl.store(target + WIDTH, narrow(total1 * factor, OUT), mask=inside[:, None])
-    tl.store(target + 2 * WIDTH, narrow(total2 * factor, OUT), mask=inside[:, None])
-    tl.store(target + 3 * WIDTH, narrow(total3 * factor, OUT), mask=inside[:, None])
+    tl.store(target + HALF, narrow(total1 * factor, OUT), mask=inside[:, None])
+
+
+@triton.jit
+def _fp8_columns(row, present, FIRST: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
+    """128 columns of FP8 rows, not yet scaled, and their scales. bf16 and fp16 hold every e4m3: nothing is rounded."""
+    value = _columns(row, present, FIRST, 128)
+    if NATIVE:
+        value = value.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(DTYPE)
+    else:
+        value = e4m3_decode(value).to(DTYPE)
+    scales = (row + 512).to(tl.pointer_type(tl.float32), bitcast=True)
+    return value, tl.load(scales + FIRST // 128, mask=present, other=0.0)[None, :]
+
+
+@triton.jit
+def _add_fp8(total, weight, value):
+    """total + weight @ value. Scales make weights that may be too small for fp16; they are bf16 then."""
+    if value.dtype == tl.float16:
+        value = value.to(tl.bfloat16)
+    return dot(narrow(weight, value.dtype), value, total)
+
+
+@triton.jit
+def _attend_fp8(
+    q, kv_cache, block_table, seqlens_kv, sink, out, lse, scale, s_q, h_q, pages, max_pages, capacity, num_splits,
+    q_stride_b, q_stride_s, q_stride_h, page_stride,
+    ROW_STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    sequence, split, row, end_of_row, begin, end = _share(
+        seqlens_kv, s_q, h_q, capacity, num_splits, BLOCK_H, BLOCK_N, CAUSAL
+    )
+    inside = row < s_q * h_q
+    q_row = q + sequence * q_stride_b + (row // h_q).to(tl.int64) * q_stride_s + (row % h_q).to(tl.int64) * q_stride_h
+    q0 = _columns(q_row, inside, 0, 128)
+    q1 = _columns(q_row, inside, 128, 128)
+    q2 = _columns(q_row, inside, 256, 128)
+    q3 = _columns(q_row, inside, 384, 128)
+    q_rope = _columns(q_row, inside, 512, 64)
+
+    top = tl.full((BLOCK_H,), -1e30, tl.float32)
+    mass = tl.zeros((BLOCK_H,), tl.float32)
+    total0 = tl.zeros((BLOCK_H, 128), tl.float32)
+    total1 = tl.zeros((BLOCK_H, 128), tl.float32)
+    total2 = tl.zeros((BLOCK_H, 128), tl.float32)
+    total3 = tl.zeros((BLOCK_H, 128), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        token, present, kv_row = _tile(
+            kv_cache, block_table + sequence * max_pages, start, end, pages, page_stride, ROW_STRIDE, PAGE_SIZE, BLOCK_N
+        )
+        kv0, scale0 = _fp8_columns(kv_row, present, 0, NATIVE, DTYPE)
+        kv1, scale1 = _fp8_columns(kv_row, present, 128, NATIVE, DTYPE)
+        kv2, scale2 = _fp8_columns(kv_row, present, 256, NATIVE, DTYPE)
+        kv3, scale3 = _fp8_columns(kv_row, present, 384, NATIVE, DTYPE)
+        k_rope = _columns((kv_row + 528).to(tl.pointer_type(tl.bfloat16), bitcast=True), present, 0, 64).to(DTYPE)
+
+        zero = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+        score = dot(q_rope, tl.trans(k_rope), zero)
+        score += dot(q0, tl.trans(kv0), zero) * scale0
+        score += dot(q1, tl.trans(kv1), zero) * scale1
+        score += dot(q2, tl.trans(kv2), zero) * scale2
+        score += dot(q3, tl.trans(kv3), zero) * scale3
+        visible = present[None, :] & (token[None, :] < end_of_row[:, None])
+        weight, shrink, top, mass = _softmax(score, visible, scale, top, mass)
+        total0 = _add_fp8(total0 * shrink, weight * scale0, kv0)
+        total1 = _add_fp8(total1 * shrink, weight * scale1, kv1)
+        total2 = _add_fp8(total2 * shrink, weight * scale2, kv2)
+        total3 = _add_fp8(total3 * shrink, weight * scale3, kv3)
+
+    factor, out_row = _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SINK, SPLIT)
+    OUT: tl.constexpr = out.dtype.element_ty
+    target = out + out_row[:, None] * 512 + tl.arange(0, 128)[None, :]
+    tl.store(target, narrow(total0 * factor, OUT), mask=inside[:, None])
+    tl.store(target + 128, narrow(total1 * factor, OUT), mask=inside[:, None])
+    tl.store(target + 256, narrow(total2 * factor, OUT), mask=inside[:, None])
+    tl.store(target + 384, narrow(total3 * factor, OUT), mask=inside[:, None])
 
 
 @triton.jit
@@ -204,15 +254,17 @@ def decode(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink, pa
     pages, page_size, _ = kv_cache.shape
     d_latent = out.shape[3]
     split = config.num_splits > 1
-    _attend[(b * config.num_splits * triton.cdiv(s_q * h_q, config.block_h),)](
+    if kv_cache.dtype == torch.uint8:
+        kernel, widths = _attend_fp8, dict(NATIVE=config.native_fp8)
+    else:
+        kernel, widths = _attend, dict(D_LATENT=d_latent, D_ROPE=d_qk - d_latent)
+    kernel[(b * config.num_splits * triton.cdiv(s_q * h_q, config.block_h),)](
         q, kv_cache, block_table, seqlens_kv, sink if sink is not None else lse, part_out if split else out,
         part_lse if split else lse, scale, s_q, h_q, pages, block_table.shape[1],
         min(block_table.shape[1] * page_size, 2**30), config.num_splits, q.stride(0), q.stride(1), q.stride(2),
-        kv_cache.stride(0), ROW_STRIDE=kv_cache.stride(1), WIDTH=d_latent // 4, D_ROPE=d_qk - d_latent,
-        PAGE_SIZE=page_size, BLOCK_H=config.block_h, BLOCK_N=config.block_n, CAUSAL=causal and s_q > 1,
-        SINK=sink is not None and not split, SPLIT=split, FP8=kv_cache.dtype == torch.uint8, NATIVE=config.native_fp8,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        kv_cache.stride(0), ROW_STRIDE=kv_cache.stride(1), PAGE_SIZE=page_size, BLOCK_H=config.block_h,
+        BLOCK_N=config.block_n, CAUSAL=causal and s_q > 1, SINK=sink is not None and not split, SPLIT=split, **widths,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         _combine[(b * s_q * h_q,)](
