@@ -5,7 +5,7 @@ import torch
 from ..plan import fp8_grouped_matmul as plan
 from ..reference import fp8_grouped_matmul as reference
 from ..shapes import BLOCK, ceil_div
-from . import _allocate
+from . import _allocate, _grouped_cpu
 from . import _checks as checks
 from ._registry import register
 
@@ -82,6 +82,11 @@ def _triton(config, a, scale_a, b, scale_b, expert_offsets, out_dtype):
     return out
 
 
+def _cpu(config, a, scale_a, b, scale_b, expert_offsets, out_dtype):
+    out = _allocate.empty((a.shape[0], b.shape[1]), out_dtype or torch.bfloat16, a.device)
+    return _grouped_cpu.grouped(checks.rows(a), scale_a, b, scale_b, expert_offsets, out)
+
+
 register(
     "fp8_grouped_matmul(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor expert_offsets, "
     "ScalarType? out_dtype=None) -> Tensor",
@@ -90,5 +95,5 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.fp8_grouped_matmul,
-    backends={"triton": _triton},
+    backends={"triton": _triton, "cpu": _cpu},
 )

@@ -4,7 +4,7 @@ import torch
 
 from ..plan import grouped_matmul as plan
 from ..reference import grouped_matmul as reference
-from . import _allocate
+from . import _allocate, _grouped_cpu
 from . import _checks as checks
 from ._registry import register
 
@@ -174,6 +174,11 @@ def _torch_wgrad(config, grad, a, expert_offsets, out_dtype):
     return torch.nn.functional.grouped_mm(_for_library(grad).t(), _for_library(a), offs=bounds[1:].to(torch.int32))
 
 
+def _cpu(config, a, b, expert_offsets, out_dtype):
+    out = _allocate.empty((a.shape[0], b.shape[1]), out_dtype or a.dtype, a.device)
+    return _grouped_cpu.grouped(checks.rows(a), None, b, None, expert_offsets, out)
+
+
 def _backward(ctx, grad):
     a, b, expert_offsets = ctx.saved_tensors
     grad = grad.to(b.dtype)
@@ -206,7 +211,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.grouped_matmul,
-    backends={"triton": _triton, "torch": _torch},
+    backends={"triton": _triton, "torch": _torch, "cpu": _cpu},
     backward=_backward,
     setup_context=_context,
 )
@@ -217,7 +222,11 @@ register(
     plan=plan,
     fake=_fake_wgrad,
     reference=reference.grouped_matmul_wgrad,
-    backends={"triton": _triton_wgrad, "torch": _torch_wgrad},
+    backends={
+        "triton": _triton_wgrad,
+        "torch": _torch_wgrad,
+        "cpu": lambda config, *args: reference.grouped_matmul_wgrad(*args),
+    },
     backward=_backward_wgrad,
     setup_context=_context,
 )

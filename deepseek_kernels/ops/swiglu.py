@@ -5,7 +5,7 @@ import torch
 from ..plan import swiglu as plan
 from ..reference import swiglu as reference
 from ..shapes import BLOCK, ceil_div
-from . import _allocate
+from . import _allocate, _extension
 from . import _checks as checks
 from ._maps import MoeMaps
 from ._registry import register
@@ -127,6 +127,23 @@ def _triton(config, gate_up, weights, pos_to_token_topk, quantize, clamp):
     return out, scale
 
 
+def _cpu(config, gate_up, weights, pos_to_token_topk, quantize, clamp):
+    shape, scale_shape = _shapes(gate_up, quantize)
+    out = _allocate.empty(shape, checks.FP8 if quantize else gate_up.dtype, gate_up.device)
+    scale = _allocate.empty(scale_shape, torch.float32, gate_up.device)
+    gate_up, weights = checks.rows(gate_up), _flat(weights)
+    if out.numel():
+        _extension.cpu().swiglu(
+            gate_up=gate_up.data_ptr(), weights=_extension.address(weights),
+            pos_to_token_topk=_extension.address(pos_to_token_topk), out=out.data_ptr(),
+            scale_out=scale.data_ptr() if quantize else 0, num_rows=shape[0], intermediate=shape[1],
+            num_weights=weights.numel() if weights is not None else 0, ld=gate_up.stride(0),
+            clamp=float("inf") if clamp is None else clamp, dtype=_extension.dtype_code(gate_up.dtype),
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return out, scale
+
+
 def _triton_backward(config, grad, gate_up, weights, pos_to_token_topk, clamp):
     from ..triton_kernels import swiglu as kernel
 
@@ -168,7 +185,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.swiglu,
-    backends={"triton": _triton},
+    backends={"triton": _triton, "cpu": _cpu},
     backward=_backward,
     setup_context=_context,
 )
@@ -180,5 +197,5 @@ register(
     plan=plan,
     fake=_fake_backward,
     reference=reference.swiglu_backward,
-    backends={"triton": _triton_backward},
+    backends={"triton": _triton_backward, "cpu": lambda config, *args: reference.swiglu_backward(*args)},
 )

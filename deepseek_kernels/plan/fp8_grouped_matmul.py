@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
 from . import grouped_matmul as grouped
-from .backend import Environment, triton_reason
+from .backend import Environment, cpu_reason, triton_reason
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,11 @@ def bytes(p: Problem) -> int:
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    if p.num_experts > grouped.MAX_EXPERTS:
-        return {"triton": f"needs at most {grouped.MAX_EXPERTS} experts, got {p.num_experts}"}
-    return {"triton": triton_reason(device, env)}
+    too_many = f"needs at most {grouped.MAX_EXPERTS} experts, got {p.num_experts}"
+    return {
+        "triton": too_many if p.num_experts > grouped.MAX_EXPERTS else triton_reason(device, env),
+        "cpu": cpu_reason("grouped_matmul", device, env),
+    }
 
 
 TILES = (

@@ -5,12 +5,15 @@ from typing import Literal
 
 from ..device import DeviceSpec
 from ..shapes import ceil_div
-from .backend import Environment, triton_reason
+from .backend import BACKENDS, Environment, cpu_reason, triton_reason
 
 ELEMENT_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 RATES = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MAX_EXPERTS = 4096
 """The kernel holds one counter per expert in registers."""
+
+CPU_MAX_ROWS = 32
+"""Rows per busy expert up to which the CPU kernel, which streams the weights, is the first choice."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,19 @@ def bytes(p: Problem) -> int:
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    return {"triton": _triton(p, device, env), "torch": _torch(p, device, env)}
+    return {"triton": _triton(p, device, env), "torch": _torch(p, device, env), "cpu": _cpu(p, device, env)}
+
+
+def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
+    """On a CPU our kernel wins while the time is that of reading the weights, torch's matmul once it is arithmetic."""
+    few = p.kind == "forward" and p.num_rows <= CPU_MAX_ROWS * max(p.busy_experts, 1)
+    return BACKENDS if few else ("cuda", "triton", "torch", "cpu", "reference")
+
+
+def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
+    if p.dtype == "float64":
+        return "float64 runs on the reference only"
+    return cpu_reason("grouped_matmul", device, env)
 
 
 def _triton(p: Problem, device: DeviceSpec, env: Environment) -> str:

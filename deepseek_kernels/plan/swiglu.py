@@ -5,7 +5,7 @@ from typing import Literal
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
-from .backend import Environment, triton_reason
+from .backend import Environment, cpu_reason, triton_reason
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ def bytes(p: Problem) -> int:
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    if p.dtype == "float64":
-        return {"triton": "float64 runs on the reference only"}
-    return {"triton": triton_reason(device, env)}
+    float64 = "float64 runs on the reference only" if p.dtype == "float64" else ""
+    return {
+        "triton": float64 or triton_reason(device, env),
+        "cpu": float64 or cpu_reason("swiglu", device, env),
+    }
 
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
