@@ -34,9 +34,7 @@ class FP8Linear(KeepsDtype):
 
     def forward_quantized(self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """q e4m3 [m, k] with 1x128 scales fp32 [m, ceil(k / 128)] -> [m, n] in `dtype`."""
-        out_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        out = fp8_matmul(q, scale, self.weight, self.weight_scale_inv, bias=self.bias, out_dtype=out_dtype)
-        return out.to(dtype)
+        return fp8_matmul(q, scale, self.weight, self.weight_scale_inv, bias=self.bias, out_dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"
