@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any, Literal, get_args, get_origin
 
@@ -23,10 +24,12 @@ SIZES = {
     "num_tokens": 4096, "num_rows": 4096 * V3.top_k, "hidden": V3.hidden, "intermediate": V3.intermediate,
     "num_experts": V3.num_experts, "num_local": V3.num_experts, "top_k": V3.top_k, "num_groups": V3.num_groups,
     "topk_groups": V3.topk_groups, "vocab": V3.vocab, "m": 4096, "n": V3.hidden, "k": V3.intermediate,
-    "alignment": 1, "element_bytes": 2, "index_bytes": 8, "granularity": "1x128",
+    "alignment": 1, "element_bytes": 2, "weight_bytes": 2, "wide_bytes": 2, "index_bytes": 8, "granularity": "1x128",
+    "needs": (True,) * 4,
 }  # fmt: skip
 """A DeepSeek-V3 problem in the words every plan shares."""
 
+DEFAULTS: dict[Any, Any] = {int: 128, bool: False, float: 1.0, str: "bfloat16"}
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -40,6 +43,7 @@ FULL_BUILD = Environment(
     extension_ops=_Everything(),
     extension_archs=frozenset({80, 90, 100}),
     torch_functions=_Everything(),
+    cpu_ops=_Everything(),
 )
 
 
@@ -52,12 +56,12 @@ def example(op: Operator, **fields) -> Any:
         elif get_origin(f.type) is Literal:
             named = [v for v in get_args(f.type) if isinstance(v, str) and v in op.name]
             values[f.name] = max(named, key=len) if named else get_args(f.type)[0]
-        elif f.default is dataclasses.MISSING:
-            values[f.name] = SIZES.get(f.name, {int: 128, bool: False, float: 1.0, str: "bfloat16"}.get(f.type))
+        elif f.default is dataclasses.MISSING or f.default == ():
+            values[f.name] = SIZES.get(f.name, DEFAULTS.get(f.type))
     return op.plan.Problem(**values)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(r) + " |" for r in (header, ("---",) * len(header), *escaped))
 
@@ -65,7 +69,7 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _runs(op: Operator, problem, device: DeviceSpec) -> str:
     reasons = {"reference": "", **op.plan.backends(problem, device, FULL_BUILD)}
     order = getattr(op.plan, "preference", lambda *_: BACKENDS)(problem, device)
-    chosen = choose(op.name.partition(".")[0], device, reasons, order=order).backend
+    chosen = choose(op.name.partition(".")[0], device, reasons, order=order).backend or "nothing"
     others = [b for b in BACKENDS if b not in (chosen, "reference") and not reasons.get(b, "absent")]
     return ", ".join([chosen, *(f"({b})" for b in others)])
 
@@ -75,8 +79,8 @@ def support_matrix() -> str:
     devices = {f"sm_{d.arch}": d for d in (A100, L40S, H100, B200)} | {"CPU": CPU}
     rows: dict[tuple[str, ...], list[str]] = {}
     for op in OPERATORS.values():
-        if "." in op.name:
-            continue
+        if not hasattr(deepseek_kernels, op.name):
+            continue  # an overload, or a step of another op
         has_dtype = any(f.name == "dtype" for f in dataclasses.fields(op.plan.Problem))
         for dtype in DTYPES if has_dtype else ("e4m3",) if "fp8" in op.name else ("integers",):
             problem = example(op, dtype=dtype, element_bytes=4 if dtype == "float32" else 2)
@@ -112,7 +116,7 @@ def collect() -> dict[str, Any]:
     devices = [("cpu", CPU)]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         devices.append((f"cuda:{i}", _device.spec(torch.device("cuda", i))))
-    ops = {}
+    ops: dict[str, Any] = {}
     for op in OPERATORS.values():
         ops[op.name] = {}
         for name, spec in devices:

@@ -7,12 +7,12 @@
 # Takes at most BUDGET seconds (540). A second call on the same sources goes on where the first stopped; --fresh starts
 # over. Needs no network where pybind11 and ninja are installed. GPU settings are left as they are. A summary comes last.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 python=${PYTHON:-$(for p in python python3; do "$p" -c 'import torch' 2>/dev/null && command -v "$p" && break; done)}
 [ -n "$python" ] || { echo "no Python with torch on PATH; set PYTHON" >&2; exit 1; }
 budget=${BUDGET:-540}
-fresh= quick=
+fresh="" quick=""
 for option in "$@"; do
   case $option in
     --fresh) fresh=1 ;;
@@ -57,7 +57,7 @@ stage() {
 }
 
 build() {
-  local isolation=
+  local isolation=""
   "$python" -c 'import pybind11, ninja, setuptools' 2>/dev/null && isolation="--no-build-isolation --no-deps"
   # shellcheck disable=SC2086
   DEEPSEEK_KERNELS_ARCHS=$arch "$python" -m pip install -v $isolation -e . &&
@@ -65,7 +65,7 @@ build() {
 }
 
 tests() {
-  local workers=
+  local workers=""
   "$python" -c 'import xdist' 2>/dev/null && workers="-n 4"
   # shellcheck disable=SC2086
   "$python" -m pytest -q -m gpu --durations=5 -rf $workers

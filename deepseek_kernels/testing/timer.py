@@ -81,7 +81,7 @@ def _measure_cpu(functions, device, seconds) -> dict[str, Timing]:
 
     warm = {name: min(sample(calls), sample(calls)) * len(calls) for name, calls in functions.items()}
     rounds = _rounds(max(warm.values()) / 1e6, seconds)
-    samples = {name: [] for name in functions}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, calls in functions.items():
             samples[name].append(sample(calls))
@@ -135,7 +135,7 @@ def _measure_cuda(functions, device, seconds, uncapturable) -> dict[str, Timing]
             return start.elapsed_time(end) * 1e3 / count
 
         slowest = max(sample(name) * runs[name][1] for name in functions)
-        samples = {name: [] for name in functions}
+        samples: dict[str, list[float]] = {name: [] for name in functions}
         for _ in range(_rounds(slowest / 1e6, seconds)):
             for name in functions:
                 samples[name].append(sample(name))
