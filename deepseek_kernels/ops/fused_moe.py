@@ -4,9 +4,9 @@
 `gate_up` and the maps as further outputs, and its gradient computes no matmul twice: the public face calls it when
 there is a gradient to come.
 
-Backends: "triton" is a kernel of its own for a few tokens, else the composition. Left to itself, each op of it chooses
-its own backend; forced by `use_backend("triton")`, so are they all. "torch" is the same composition on a CPU, of plain
-torch and one library matmul per chosen expert, and calls no other op.
+Backends: "triton" is a kernel of its own for a few tokens, else the composition; "cpu" is the composition on a CPU.
+Left to itself, each op of it chooses its own backend; forced by `use_backend(...)`, so are they all. "torch" is the
+same composition for a CPU without compiled kernels, of plain torch and one library matmul per chosen expert.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ import torch
 
 from ..plan import fused_moe as plan
 from ..reference import fused_moe as reference
-from ..reference.fp8_quantize import fp8_dequantize
+from ..reference.fp8_quantize import fp8_dequantize, fp8_quantize
 from ..reference.moe_permute import moe_permute, moe_unpermute
 from ..reference.moe_sort import moe_sort
 from ..reference.swiglu import swiglu, swiglu_backward
@@ -157,12 +157,19 @@ def _forward(
         y = ops.grouped_matmul(h, w_down, offsets)
     else:
         dtype = reference.rows_dtype(x, is_fp8=True)
-        rows, scale = ops.moe_permute(x, to_pos, to_entry, None, True)
+        rows, scale = _permute_quantized(ops, x, to_pos, to_entry)
         gate_up = ops.fp8_grouped_matmul(rows, scale, w_gate_up, scale_gate_up, offsets, dtype)
         del rows
         h, scale = ops.swiglu(gate_up, weights, to_entry, True, clamp)
         y = ops.fp8_grouped_matmul(h, scale, w_down, scale_down, offsets, dtype)
     return ops.moe_unpermute(y, to_pos, to_entry).to(x.dtype), gate_up, *maps
+
+
+def _permute_quantized(ops, x, to_pos, to_entry):
+    if not x.is_cpu:
+        return ops.moe_permute(x, to_pos, to_entry, None, True)
+    q, scale = ops.fp8_quantize(x)  # compiled for CPUs, as the quantiser inside moe_permute is not
+    return ops.moe_permute(q, to_pos, to_entry, scale)
 
 
 def _inference(config, *args):
@@ -214,6 +221,7 @@ def _fp8_grouped_matmul(a, scale_a, b, scale_b, expert_offsets, out_dtype):
 
 
 _ON_CPU = SimpleNamespace(
+    fp8_quantize=fp8_quantize,
     moe_sort=moe_sort,
     moe_permute=moe_permute,
     moe_unpermute=moe_unpermute,
@@ -342,6 +350,7 @@ register(
     reference=reference.fused_moe,
     backends={
         "triton": _inference,
+        "cpu": _inference,
         "torch": lambda config, *args: _forward(_ON_CPU, *args)[0],
     },
     backward=_backward,
@@ -356,6 +365,7 @@ register(
     reference=reference.fused_moe_forward,
     backends={
         "triton": lambda config, *args: _forward(ops, *args),
+        "cpu": lambda config, *args: _forward(ops, *args),
         "torch": lambda config, *args: _forward(_ON_CPU, *args),
     },
     backward=_backward_of_forward,
@@ -372,6 +382,7 @@ register(
     reference=reference.fused_moe_backward,
     backends={
         "triton": lambda config, *args: _gradients(ops, *args),
+        "cpu": lambda config, *args: _gradients(ops, *args),
         "torch": lambda config, *args: _gradients(_ON_CPU, *args),
     },
 )
