@@ -185,7 +185,24 @@ def _dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return half.float().mul_((scale * 256).repeat_interleave(BLOCK, 1)[:, : q.shape[1]])
 
 
-_INTO = {"cuda": _cuda, "triton": _triton, "torch": _torch}
+def _cpu(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
+    if out.numel() == 0:
+        return
+    a = checks.rows(a)
+    bias = bias if bias is None else bias.float().contiguous()
+    extension, threads, address = _extension.cpu(), torch.get_num_threads(), _extension.address
+    size = extension.fp8_matmul_workspace(m=a.shape[0], k=a.shape[1], threads=threads)
+    workspace = _allocate.empty((size,), torch.float32, a.device)
+    extension.fp8_matmul(
+        a=address(a), scale_a=address(scale_a), b=address(b), scale_b=address(scale_b), bias=address(bias),
+        d=address(out), workspace=address(workspace), m=a.shape[0], n=b.shape[0], k=a.shape[1], lda=a.stride(0),
+        ldb=b.stride(0), ldd=out.stride(0), scale_a_stride_m=scale_a.stride(0), scale_a_stride_k=scale_a.stride(1),
+        scale_b_stride_n=scale_b.stride(0), scale_b_stride_k=scale_b.stride(1),
+        out_dtype=_extension.dtype_code(out.dtype), accumulate=accumulate, threads=threads,
+    )  # fmt: skip
+
+
+_INTO = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "torch": _torch}
 
 register(
     "fp8_matmul(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias=None, ScalarType? out_dtype=None) "

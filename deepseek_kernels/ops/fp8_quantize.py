@@ -101,19 +101,28 @@ def _quantize_triton(config, x, granularity, pow2_scale, scale_layout):
     return q, scale
 
 
-def _quantize_cuda(config, x, granularity, pow2_scale, scale_layout):
+def _quantize_compiled(module, last, x, granularity, pow2_scale, scale_layout):
+    """`last`: the stream or the thread count."""
     q, scale = _quantize_outputs(_allocate.empty, x, granularity, scale_layout)
     if q.numel() == 0:
         return q, scale
     x = checks.rows(x)
     block_m, block_k = GRANULARITIES[granularity]
-    _extension.module().fp8_quantize(
+    module.fp8_quantize(
         x=_extension.address(x), q=_extension.address(q), scale=_extension.address(scale),
         m=x.shape[0], k=x.shape[1], dtype=_extension.dtype_code(x.dtype), block_m=block_m, block_k=block_k,
         ldx=x.stride(0), ldq=q.stride(0), scale_stride_m=scale.stride(0), scale_stride_k=scale.stride(1),
-        pow2_scale=pow2_scale, stream=_extension.stream(x),
+        pow2_scale=pow2_scale, **last,
     )  # fmt: skip
     return q, scale
+
+
+def _quantize_cuda(config, x, *args):
+    return _quantize_compiled(_extension.module(), {"stream": _extension.stream(x)}, x, *args)
+
+
+def _quantize_cpu(config, *args):
+    return _quantize_compiled(_extension.cpu(), {"threads": torch.get_num_threads()}, *args)
 
 
 def _check_dequantize(q, scale, granularity, out_dtype) -> None:
@@ -142,6 +151,19 @@ def _dequantize_triton(config, q, scale, granularity, out_dtype):
     return out
 
 
+def _dequantize_cpu(config, q, scale, granularity, out_dtype):
+    out = _allocate.empty(q.shape, out_dtype or torch.float32, q.device)
+    if out.numel():
+        q = checks.rows(q)
+        block_m, block_k = GRANULARITIES[granularity]
+        _extension.cpu().fp8_dequantize(
+            q=q.data_ptr(), scale=scale.data_ptr(), out=out.data_ptr(), m=q.shape[0], k=q.shape[1], ldq=q.stride(0),
+            ld_out=out.stride(0), scale_stride_m=scale.stride(0), scale_stride_k=scale.stride(1), block_m=block_m,
+            block_k=block_k, dtype=_extension.dtype_code(out.dtype), threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
 register(
     'fp8_quantize(Tensor x, str granularity="1x128", bool pow2_scale=False, str scale_layout="row") '
     "-> (Tensor, Tensor)",
@@ -150,7 +172,7 @@ register(
     plan=plan,
     fake=_quantize_fake,
     reference=reference.fp8_quantize,
-    backends={"cuda": _quantize_cuda, "triton": _quantize_triton},
+    backends={"cuda": _quantize_cuda, "triton": _quantize_triton, "cpu": _quantize_cpu},
 )
 register(
     'fp8_dequantize(Tensor q, Tensor scale, str granularity="1x128", ScalarType? out_dtype=None) -> Tensor',
@@ -159,5 +181,5 @@ register(
     plan=plan,
     fake=_dequantize_fake,
     reference=reference.fp8_dequantize,
-    backends={"triton": _dequantize_triton},
+    backends={"triton": _dequantize_triton, "cpu": _dequantize_cpu},
 )

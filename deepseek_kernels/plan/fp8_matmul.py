@@ -5,11 +5,15 @@ from math import sqrt
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
-from .backend import Environment, cuda_reason, triton_reason
+from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALE_B_ROWS = {"128x128": BLOCK, "1x128": 1}
 """Granularity of b -> rows of b that share one scale."""
+
+
+CPU_MAX_ROWS = 32
+"""Rows up to which the CPU kernel is the first choice."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,23 @@ def bytes(p: Problem) -> int:
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    return {"cuda": _cuda(p, device, env), "triton": triton_reason(device, env), "torch": ""}
+    return {
+        "cuda": _cuda(p, device, env),
+        "triton": triton_reason(device, env),
+        "cpu": _cpu(p, device, env),
+        "torch": "",
+    }
+
+
+def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
+    """On a CPU our kernel, which streams the weight, is the first choice for few rows, torch's matmul for many."""
+    return BACKENDS if p.m <= CPU_MAX_ROWS else ("cuda", "triton", "torch", "cpu", "reference")
+
+
+def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
+    if p.granularity_b != "128x128":
+        return f"takes 128x128 scales of b, got {p.granularity_b}"
+    return cpu_reason("fp8_matmul", device, env)
 
 
 def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
@@ -85,26 +105,39 @@ def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
 
 
 TILES = (
+    # block_m, block_n, warps, stages
+    (16, 32, 4, 6),
+    (16, 64, 4, 6),
+    (16, 128, 4, 4),
+    (32, 64, 4, 6),
+    (32, 128, 4, 4),
+    (64, 64, 4, 4),
+    (64, 128, 8, 3),
+    (64, 128, 8, 4),
+    (128, 64, 8, 3),
+    (128, 64, 8, 4),
+    (128, 128, 8, 3),
+    (128, 128, 8, 4),
+)
+TILES_HOPPER = (
     # block_m, block_n, warps, stages, swap
-    (16, 32, 4, 6, False),
-    (16, 64, 4, 6, False),
-    (16, 128, 4, 4, False),
-    (16, 128, 4, 6, False),
+    (16, 64, 4, 4, True),
     (16, 64, 4, 6, True),
     (16, 128, 4, 4, True),
     (16, 128, 4, 6, True),
-    (32, 64, 4, 6, False),
-    (32, 128, 4, 4, False),
+    (32, 64, 4, 6, True),
     (32, 128, 4, 4, True),
-    (64, 64, 4, 4, False),
-    (64, 64, 4, 6, False),
-    (64, 128, 4, 3, False),
-    (64, 128, 4, 4, False),
-    (128, 64, 4, 3, False),
-    (128, 128, 8, 3, False),
-    (128, 128, 8, 4, False),
-    (128, 128, 8, 5, False),
+    (64, 64, 4, 4),
+    (64, 64, 4, 6),
+    (64, 128, 4, 3),
+    (64, 128, 4, 4),
+    (64, 128, 4, 6),
+    (128, 64, 8, 4),
+    (128, 128, 8, 3),
+    (128, 128, 8, 4),
+    (128, 128, 8, 5),
 )
+"""From compute capability 9.0 the tensor cores take e4m3 in 64 rows, and fewer only as fp16: few tokens are columns."""
 INSTANCES = {
     # tile_m, tile_n, stages, cluster
     "bfloat16": (
@@ -131,7 +164,7 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> list[
         return [Config(16 if few else 32, 64, 4, 3, few, 2 if few else 1, 2, native_fp8=False)]
     splits = [s for s in SPLITS if s == 1 or (p.m <= MAX_SPLIT_ROWS and s <= p.blocks)]
     configs = []
-    for tile in TILES:
+    for tile in TILES_HOPPER if device.arch >= 90 else TILES:
         config = Config(*tile, native_fp8=device.arch >= 89)
         concurrent = device.num_sms * resident(config, device)
         group = _group(ceil_div(p.m, config.block_m), config.block_m, config.block_n, concurrent)
@@ -156,10 +189,8 @@ def _group(tiles_m: int, block_m: int, block_n: int, concurrent: int) -> int:
 
 
 def shared_memory(c: Config) -> int:
-    """Bytes of the operand tiles in flight; where they are decoded, also of a decoded pair on its way to the tensor
-    cores."""
-    tile = (c.block_m + c.block_n) * BLOCK
-    return c.num_stages * tile + (0 if c.native_fp8 else 2 * tile)
+    """Bytes of the operand tiles in flight, and a little for scales and barriers."""
+    return c.num_stages * (c.block_m + c.block_n) * BLOCK + 1024
 
 
 def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
@@ -169,8 +200,8 @@ def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
         return "" if known else "not among the compiled instances"
     if shared_memory(c) > device.shared_memory:
         return f"needs {shared_memory(c)} bytes of shared memory, the device has {device.shared_memory}"
-    if c.swap and (device.arch < 90 or c.block_n < 64):
-        return "only the tensor cores of Hopper and later want 64 rows"
+    if p.granularity_b == "1x128" and device.arch >= 100 and c.block_m * c.block_n > 64 * 32 * c.num_warps:
+        return "a scale for each row of b leaves registers for at most 64 sums a thread"
     if c.split_k > 1 and c.split_k > p.blocks:
         return f"cannot cut {p.blocks} blocks of k into {c.split_k}"
     return ""
@@ -211,8 +242,6 @@ def _cost_triton(c: Config, p: Problem, device: DeviceSpec) -> float:
     programs = resident(c, device)
     busy = min(programs, ceil_div(tiles, device.num_sms))
     math = _math(c.block_m, c.block_n, device) + _promotion(c.block_m, c.block_n, device)
-    if device.arch >= 90 and not c.swap and c.block_m < 64:
-        math *= 2  # the tensor cores' older instruction
     if not c.native_fp8:
         math += (c.block_m + c.block_n) * BLOCK * DECODE_OPERATIONS / (device.rate("fp32") / 2 / device.num_sms)
     read = _read(busy * (c.block_m + c.block_n) * BLOCK, c.num_stages - 1)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from ..device import DeviceSpec
 from ..shapes import GRANULARITIES, ceil_div
-from .backend import Environment, cuda_reason, triton_reason
+from .backend import Environment, cpu_reason, cuda_reason, triton_reason
 
 MEMORY_LATENCY = 1e-6  # seconds from the first load of a program to its last store, without traffic
 
@@ -48,8 +48,8 @@ def bytes(p: Problem) -> int:
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    triton = {"triton": triton_reason(device, env)}
-    return {"cuda": cuda_reason("fp8_quantize", device, env), **triton} if p.kind == "quantize" else triton
+    both = {"triton": triton_reason(device, env), "cpu": cpu_reason(f"fp8_{p.kind}", device, env)}
+    return {"cuda": cuda_reason("fp8_quantize", device, env), **both} if p.kind == "quantize" else both
 
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
