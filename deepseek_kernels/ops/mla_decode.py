@@ -5,7 +5,7 @@ import torch
 from ..plan import mla_decode as plan
 from ..reference import mla_decode as reference
 from ..shapes import ceil_div
-from . import _allocate, _latent_cache
+from . import _allocate, _extension, _latent_cache
 from . import _checks as checks
 from ._registry import register
 
@@ -100,6 +100,29 @@ def _triton(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
     return out, lse
 
 
+def _cpu(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
+    out, lse = _outputs(q)
+    if out.numel() == 0:
+        return out, lse
+    q = checks.rows(q)
+    b, s_q, h_q, d_latent = out.shape
+    extension, threads = _extension.cpu(), torch.get_num_threads()
+    size = extension.mla_decode_workspace(rows=s_q * h_q, d_latent=d_latent, d_rope=D_ROPE, threads=threads)
+    workspace = _allocate.empty((size,), torch.float32, q.device)
+    sink = sink.contiguous() if sink is not None else None
+    extension.mla_decode(
+        q=q.data_ptr(), kv_cache=kv_cache.data_ptr(), block_table=block_table.data_ptr(),
+        seqlens_kv=seqlens_kv.data_ptr(), sink=_extension.address(sink), out=out.data_ptr(), lse=lse.data_ptr(),
+        workspace=workspace.data_ptr(), b=b, s_q=s_q, h_q=h_q, d_latent=d_latent, d_rope=D_ROPE,
+        num_pages=kv_cache.shape[0], page_size=kv_cache.shape[1], max_pages=block_table.shape[1],
+        q_stride_b=q.stride(0), q_stride_s=q.stride(1), q_stride_h=q.stride(2),
+        page_bytes=kv_cache.stride(0) * kv_cache.element_size(), row_bytes=kv_cache.stride(1) * kv_cache.element_size(),
+        scale=scale, dtype=_extension.dtype_code(q.dtype), causal=causal, fp8=kv_cache.dtype == torch.uint8,
+        threads=threads,
+    )  # fmt: skip
+    return out, lse
+
+
 def _torch(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
     """CPU tensors: gather each sequence's rows; its queries times heads are the rows of one attention over them."""
     out, lse = _outputs(q)
@@ -145,5 +168,5 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.mla_decode,
-    backends={"triton": _triton, "torch": _torch},
+    backends={"triton": _triton, "cpu": _cpu, "torch": _torch},
 )

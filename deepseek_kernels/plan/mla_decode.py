@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..device import DeviceSpec
 from ..shapes import FP8_CACHE_ROW, align_up, ceil_div
-from .backend import Environment, cpu_reference_reason, triton_reason
+from .backend import Environment, cpu_reason, cpu_reference_reason, triton_reason
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,11 @@ def bytes(p: Problem) -> int:
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
     geometry = "" if p.d_latent in (256, 512) else f"handles d_latent 256 and 512, got {p.d_latent}"
-    return {"triton": geometry or triton_reason(device, env), "torch": cpu_reference_reason(device)}
+    return {
+        "triton": geometry or triton_reason(device, env),
+        "cpu": cpu_reason("mla_decode", device, env),
+        "torch": cpu_reference_reason(device),
+    }
 
 
 _TILES = {  # block_h, block_n, num_warps, num_stages, architectures whose machine code is known to be good
@@ -73,7 +77,7 @@ _TILES = {  # block_h, block_n, num_warps, num_stages, architectures whose machi
         (64, 32, 8, 2, (80,)),
         (64, 32, 8, 3, (90,)),
     ),
-    "fp8": ((16, 16, 4, 2, (80, 89, 90, 100)), (16, 32, 4, 2, (80, 89, 90, 100))),
+    "fp8": ((16, 32, 8, 2, (80, 89, 90, 100)),),
     "fp32": ((16, 16, 8, 1, (80, 89, 90, 100)),),
 }
 _SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -86,14 +90,12 @@ _MMA_EFFICIENCY = {16: 0.25, 32: 0.4, 64: 0.6}  # of the peak rate, by block_h
 
 
 def shared_memory(c: Config, p: Problem, arch: int) -> int:
-    """Bytes a program holds, as read from the compiler's output."""
+    """Bytes a program holds, as read from the compiler's output; FP8 takes less."""
     queries = c.block_h * p.query_bytes
-    weights = c.block_h * c.block_n * p.element_bytes
-    if p.fp8_cache:  # the rows as they come, and converted in two layouts
-        return queries + weights + c.block_n * (p.row_bytes + 2 * p.d_latent * p.element_bytes)
+    tile = c.block_n * p.query_bytes
     if arch == 90 and c.block_h >= 64:  # wgmma keeps the weights in registers and reads every stage from shared memory
-        return queries + c.num_stages * c.block_n * p.query_bytes
-    return queries + weights + max(c.num_stages - 1, 1) * c.block_n * p.query_bytes
+        return queries + c.num_stages * tile
+    return queries + c.block_h * c.block_n * p.element_bytes + max(c.num_stages - 1, 1) * tile
 
 
 def candidates(p: Problem, device: DeviceSpec) -> Iterator[Config]:
@@ -115,6 +117,8 @@ def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
     """Why `c` cannot run; empty when it can."""
     if c.num_splits > 1 and c.num_splits * _TOKENS_PER_SPLIT > p.s_kv:
         return f"{c.num_splits} splits of {p.s_kv} tokens"
+    if c.block_h > 16 and c.block_h >= 2 * p.s_q * p.h_q:
+        return f"half of {c.block_h} rows and more would be padding"
     needed = shared_memory(c, p, device.arch)
     if device.kind != "cpu" and needed > device.shared_memory:
         return f"needs {needed} bytes of shared memory, the device has {device.shared_memory}"
