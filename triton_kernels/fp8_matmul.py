@@ -68,9 +68,9 @@ def _matmul(
         scale_b_tile += scale_b_stride_k
         if SCALE_B_ROWS == 1:
             if SWAP:
-                total += tl.dot(y, tl.trans(x)) * (column_scale[:, None] * row_scale[None, :])
+                total += tl.dot(y, tl.trans(x)) * column_scale[:, None] * row_scale[None, :]
             else:
-                total += tl.dot(x, tl.trans(y)) * (row_scale[:, None] * column_scale[None, :])
+                total += tl.dot(x, tl.trans(y)) * row_scale[:, None] * column_scale[None, :]
         else:
             row_scale *= column_scale
             if SWAP:
