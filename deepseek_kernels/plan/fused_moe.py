@@ -99,8 +99,8 @@ def cost(c: Config | None, p: Problem, device: DeviceSpec) -> float:
     waste = ceil_div(p.hidden, c.columns) * c.columns / max(p.hidden, 1)
     programs = p.num_tokens * ceil_div(p.hidden, c.rows)  # of the second launch, the smaller one
     idle = max(1.0, 2 * device.num_sms / max(programs, 1))
-    reuse = 1 + 1 / c.rows  # the token is read again for every tile
-    return p.num_rows * p.expert_bytes * waste * idle * reuse / device.bandwidth + 2 * _LAUNCH
+    reread = 1 + 1 / (8 * c.rows)  # every tile reads the token again, from L2
+    return p.num_rows * p.expert_bytes * waste * idle * reread / device.bandwidth + 2 * _LAUNCH
 
 
 def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
