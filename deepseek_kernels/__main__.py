@@ -67,7 +67,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _runs(op: Operator, problem, device: DeviceSpec) -> str:
-    reasons = {"reference": "", **op.plan.backends(problem, device, FULL_BUILD)}
+    planned = op.plan.backends(problem, device, FULL_BUILD)
+    reasons = {"reference": "", **{b: why_not for b, why_not in planned.items() if b in op.backends}}
     order = getattr(op.plan, "preference", lambda *_: BACKENDS)(problem, device)
     chosen = choose(op.name.partition(".")[0], device, reasons, order=order).backend or "nothing"
     others = [b for b in BACKENDS if b not in (chosen, "reference") and not reasons.get(b, "absent")]
