@@ -358,7 +358,7 @@ def run_phase(name: str, given, their_layer, config, layer, x: torch.Tensor, clo
         for token in tokens[:passes]:
             layer(token, ours.cache.append(1))
     phase.decode_ops = profile.table(passes)
-    if not is_slow:
+    if not is_slow and phase.prefill_ms[1] < 5_000:
         again = Ours.make_cache(layer, given.prompt_tokens, x.dtype)
         with OpProfile(clock) as profile:
             layer(prompt, again.append(given.prompt_tokens))

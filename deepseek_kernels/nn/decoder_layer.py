@@ -1,5 +1,7 @@
 """One layer: latent attention, then experts or a dense MLP, each behind a norm and around a residual."""
 
+from typing import Any
+
 import torch
 
 from .config import LayerConfig
@@ -28,16 +30,18 @@ class DecoderLayer(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = config.shape.hidden
         self.input_layernorm = torch.nn.RMSNorm(hidden, config.eps, **made)
         self.self_attn = LatentAttention(config, rotary, **made)
         self.post_attention_layernorm = torch.nn.RMSNorm(hidden, config.eps, **made)
-        self.mlp = SwigluMLP(hidden, config.dense_intermediate, **made) if dense else MoE(config, **made)
+        self.mlp: MoE | SwigluMLP = (
+            SwigluMLP(hidden, config.dense_intermediate, **made) if dense else MoE(config, **made)
+        )
 
     @classmethod
     def from_transformers(
-        cls, layer: torch.nn.Module, config: LayerConfig | None = None, rotary: RotaryTable | None = None
+        cls, layer: Any, config: LayerConfig | None = None, rotary: RotaryTable | None = None
     ) -> "DecoderLayer":
         """From a `transformers` DeepseekV2DecoderLayer or DeepseekV3DecoderLayer.
 

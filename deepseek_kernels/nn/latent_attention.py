@@ -1,5 +1,7 @@
 """Multi-head latent attention: prefill over expanded heads, decode over the latent rows themselves."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -37,7 +39,7 @@ class LatentAttention(torch.nn.Module):
         super().__init__()
         self.config = config
         shape, bias = config.shape, config.attention_bias
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         width = shape.h_q * (shape.d_nope + shape.d_rope)
         if shape.q_rank is None:
             self.q_proj = torch.nn.Linear(shape.hidden, width, bias=False, **made)
@@ -80,10 +82,9 @@ class LatentAttention(torch.nn.Module):
         q_rope = mla_rope(q_rope, cos_sin, positions, interleaved=rope.interleaved)
         latent, k_rope = self.kv_a_proj_with_mqa(x).flatten(0, 1).split([shape.d_latent, shape.d_rope], dim=-1)
         if step is not None:
-            norm = self.kv_a_layernorm
             mla_cache_write(
-                latent, k_rope, norm.weight, cos_sin, positions, step.pages[layer], step.slots,
-                eps=norm.eps, interleaved=rope.interleaved,
+                latent, k_rope, self.kv_a_layernorm.weight, cos_sin, positions, step.pages[layer], step.slots,
+                eps=INNER_EPS, interleaved=rope.interleaved,
             )  # fmt: skip
         if step is None or step.starts_empty:
             k_rope = mla_rope(k_rope[:, None], cos_sin, positions, interleaved=rope.interleaved)

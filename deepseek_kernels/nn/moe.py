@@ -1,5 +1,7 @@
 """Mixture of experts: a gate, stacked routed experts, and an expert that every token visits."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear
 
@@ -21,7 +23,7 @@ class SwigluMLP(torch.nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, *, device=None, dtype=None):
         super().__init__()
-        made = {"bias": False, "device": device, "dtype": dtype}
+        made: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.gate_up_proj = torch.nn.Linear(hidden, 2 * intermediate, **made)
         self.down_proj = torch.nn.Linear(intermediate, hidden, **made)
         self.register_load_state_dict_pre_hook(_join_gate_up)
@@ -49,6 +51,8 @@ class Gate(KeepsDtype):
         e_score_correction_bias: fp32 [num_experts], a buffer added to the scores for selection only; None where the
             score is a softmax.
     """
+
+    e_score_correction_bias: torch.Tensor | None
 
     def __init__(self, config: LayerConfig, *, device=None):
         super().__init__()
@@ -79,6 +83,11 @@ class Experts(torch.nn.Module):
         gate_up_proj_scale_inv, down_proj_scale_inv: after `quantize_`, fp32 128x128 scales
             [num_experts, rows / 128, columns / 128]; None before.
     """
+
+    gate_up_proj: torch.nn.Parameter
+    down_proj: torch.nn.Parameter
+    gate_up_proj_scale_inv: torch.nn.Parameter | None
+    down_proj_scale_inv: torch.nn.Parameter | None
 
     def __init__(self, config: LayerConfig, *, device=None, dtype=None):
         super().__init__()
@@ -140,12 +149,12 @@ class MoE(torch.nn.Module):
         super().__init__()
         shape = config.shape
         self.gate = Gate(config, device=device)
-        self.experts = Experts(config, device=device, dtype=dtype) if experts is None else experts
+        self.experts: Any = Experts(config, device=device, dtype=dtype) if experts is None else experts
         shared = shape.num_shared_experts * shape.intermediate
         self.shared_experts = SwigluMLP(shape.hidden, shared, device=device, dtype=dtype) if shared else None
 
     @classmethod
-    def from_transformers(cls, moe: torch.nn.Module, config: LayerConfig | None = None) -> "MoE":
+    def from_transformers(cls, moe: Any, config: LayerConfig | None = None) -> "MoE":
         """From a `transformers` DeepseekV2Moe or DeepseekV3MoE, whose routed experts' memory it shares."""
         config = LayerConfig.from_transformers(moe.config) if config is None else config
         mine = cls(config, device="meta")

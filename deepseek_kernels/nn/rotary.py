@@ -32,6 +32,8 @@ class RotaryTable(KeepsDtype):
     All layers of a model can hold the same instance: 42 MB at V3's 163 840 positions.
     """
 
+    cos_sin: torch.Tensor
+
     def __init__(self, config: LayerConfig, device: torch.device | str | None = None):
         super().__init__()
         positions = torch.arange(config.max_positions, dtype=torch.float32, device=device)
