@@ -35,9 +35,11 @@ class DecoderLayer(torch.nn.Module):
         self.input_layernorm = torch.nn.RMSNorm(hidden, config.eps, **made)
         self.self_attn = LatentAttention(config, rotary, **made)
         self.post_attention_layernorm = torch.nn.RMSNorm(hidden, config.eps, **made)
-        self.mlp: MoE | SwigluMLP = (
-            SwigluMLP(hidden, config.dense_intermediate, **made) if dense else MoE(config, **made)
-        )
+        self.mlp: MoE | SwigluMLP
+        if dense:
+            self.mlp = SwigluMLP(hidden, config.dense_intermediate, **made)
+        else:
+            self.mlp = MoE(config, **made)
 
     @classmethod
     def from_transformers(
