@@ -93,10 +93,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _granularity(b, scale_b) -> str:
+    return "128x128" if scale_b.shape[0] == ceil_div(b.shape[0], BLOCK) else "1x128"
+
+
 def _problem(a, scale_a, b, scale_b, bias, out_dtype, accumulate=False) -> plan.Problem:
-    granularity_b = "1x128" if scale_b.shape[0] == b.shape[0] else "128x128"
     return plan.Problem(
-        a.shape[0], b.shape[0], a.shape[1], granularity_b, _name(out_dtype or torch.bfloat16),
+        a.shape[0], b.shape[0], a.shape[1], _granularity(b, scale_b), _name(out_dtype or torch.bfloat16),
         "" if bias is None else _name(bias.dtype), accumulate,
     )  # fmt: skip
 
@@ -128,7 +131,7 @@ def _triton(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     workspace = None
     if config.split_k > 1:
         workspace = _allocate.empty((config.split_k, *out.shape), torch.float32, out.device)
-    scale_b_rows = 1 if scale_b.shape[0] == b.shape[0] else BLOCK
+    scale_b_rows = plan.SCALE_B_ROWS[_granularity(b, scale_b)]
     bias = bias if bias is None else bias.contiguous()
     kernel.matmul(config, scale_b_rows, accumulate, checks.rows(a), scale_a, b, scale_b, bias, out, workspace)
 
@@ -168,10 +171,10 @@ def _torch(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     if out.numel() == 0:
         return
     x = _dequantize(checks.rows(a), scale_a)
-    one_block_rows = scale_b.shape[0] != b.shape[0]
+    per_block = _granularity(b, scale_b) == "128x128"
     for i, start in enumerate(range(0, b.shape[0], BLOCK)):
         rows = slice(start, start + BLOCK)
-        weight = _dequantize(b[rows], scale_b[i : i + 1] if one_block_rows else scale_b[rows])
+        weight = _dequantize(b[rows], scale_b[i : i + 1] if per_block else scale_b[rows])
         product = F.linear(x, weight, None if bias is None else bias[rows].float())
         out[:, rows] = product.add_(out[:, rows]) if accumulate else product
 

@@ -121,6 +121,33 @@ def _permute_triton(config, x, token_topk_to_pos, pos_to_token_topk, scale, quan
     return out, out_scale
 
 
+def _permute_cuda(config, x, token_topk_to_pos, pos_to_token_topk, scale, quantize):
+    out, out_scale = _permute_outputs(x, pos_to_token_topk, scale, quantize)
+    x = checks.rows(x)
+    address, size = _extension.address, x.element_size()
+    maps = dict(
+        token_topk_to_pos=address(token_topk_to_pos), pos_to_token_topk=address(pos_to_token_topk),
+        num_tokens=x.shape[0], top_k=token_topk_to_pos.shape[1], num_rows=out.shape[0],
+    )  # fmt: skip
+    common = dict(
+        x=address(x), out=address(out), out_scale=address(out_scale), out_scale_stride_r=out_scale.shape[1],
+        out_scale_stride_s=1, stream=_extension.stream(x),
+    )  # fmt: skip
+    if quantize:
+        _extension.module().moe_permute_quantize(
+            hidden=x.shape[1], dtype=_extension.dtype_code(x.dtype), ldx=x.stride(0), ld_out=out.shape[1],
+            pow2_scale=False, **maps, **common,
+        )  # fmt: skip
+    else:
+        _extension.module().moe_permute(
+            scale=address(scale), row_bytes=x.shape[1] * size, ldx_bytes=x.stride(0) * size,
+            ld_out_bytes=out.shape[1] * size, scale_columns=out_scale.shape[1],
+            scale_stride_t=scale.stride(0) if scale is not None else 0,
+            scale_stride_s=scale.stride(1) if scale is not None else 0, **maps, **common,
+        )  # fmt: skip
+    return out, out_scale
+
+
 def _permute_cpu(config, x, token_topk_to_pos, pos_to_token_topk, scale, quantize):
     out, out_scale = _permute_outputs(x, pos_to_token_topk, scale, quantize)
     x = checks.rows(x)
@@ -182,6 +209,19 @@ def _unpermute_triton(config, y, token_topk_to_pos, pos_to_token_topk, weights):
     return out
 
 
+def _unpermute_cuda(config, y, token_topk_to_pos, pos_to_token_topk, weights):
+    out = _allocate.empty((token_topk_to_pos.shape[0], y.shape[1]), y.dtype, y.device)
+    y = checks.rows(y)
+    weights = weights.contiguous().float() if weights is not None else None
+    address = _extension.address
+    _extension.module().moe_unpermute(
+        y=address(y), token_topk_to_pos=address(token_topk_to_pos), weights=address(weights), out=address(out),
+        num_tokens=out.shape[0], top_k=token_topk_to_pos.shape[1], num_rows=y.shape[0], hidden=y.shape[1],
+        dtype=_extension.dtype_code(y.dtype), ldy=y.stride(0), ld_out=out.shape[1], stream=_extension.stream(y),
+    )  # fmt: skip
+    return out
+
+
 def _unpermute_cpu(config, y, token_topk_to_pos, pos_to_token_topk, weights):
     out = _allocate.empty((token_topk_to_pos.shape[0], y.shape[1]), y.dtype, y.device)
     y = checks.rows(y)
@@ -230,7 +270,7 @@ register(
     plan=plan,
     fake=_permute_fake,
     reference=reference.moe_permute,
-    backends={"triton": _permute_triton, "cpu": _permute_cpu},
+    backends={"cuda": _permute_cuda, "triton": _permute_triton, "cpu": _permute_cpu},
     backward=_permute_backward,
     setup_context=_permute_context,
 )
@@ -241,7 +281,7 @@ register(
     plan=plan,
     fake=_unpermute_fake,
     reference=reference.moe_unpermute,
-    backends={"triton": _unpermute_triton, "cpu": _unpermute_cpu},
+    backends={"cuda": _unpermute_cuda, "triton": _unpermute_triton, "cpu": _unpermute_cpu},
     backward=_unpermute_backward,
     setup_context=_unpermute_context,
 )

@@ -1,0 +1,101 @@
+"""The "cuda" backend of every op that has one, from the public schema down to the kernel, in the software model.
+
+What test_hopper_model.py passes to the bindings by hand, here comes from the op: strides, copies, plans, scratch.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepseek_kernels as dk
+from deepseek_kernels.device import CPU
+from deepseek_kernels.ops._registry import OPERATORS
+from deepseek_kernels.plan import fp8_matmul as fp8_matmul_plan
+from deepseek_kernels.plan.backend import Environment
+from deepseek_kernels.testing import samples as sampling
+from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits
+from deepseek_kernels.testing.guard import guarded_allocations
+from deepseek_kernels.testing.samples.fp8_matmul import operands
+
+sys.path.insert(0, str(Path(__file__).parent / "hopper_model"))
+import harness  # noqa: E402
+
+SEEDS = (1, 2, 3)
+
+
+def _cases():
+    for op in OPERATORS.values():
+        env = Environment(extension_ops=frozenset({op.name.partition(".")[0]}), on_model=True)
+        for i, s in enumerate(sampling.samples(op)):
+            problem = op.problem(*op.fill(s.args, s.kwargs))
+            if "cuda" in op.backends and not op.plan.backends(problem, CPU, env)["cuda"]:
+                yield pytest.param(op.name, i, id=f"{op.name}-{s.name}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model():
+    try:
+        return harness.load()
+    except harness.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def run(op, s: sampling.Sample, backend: str) -> tuple[torch.Tensor, ...]:
+    """Outputs and mutated arguments of one call on copies of the arguments."""
+    values = {
+        key: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype).copy_(v) if isinstance(v, torch.Tensor) else v
+        for key, v in zip(op.keywords, op.fill(s.args, s.kwargs), strict=True)
+    }
+    with torch.no_grad(), dk.use_backend(backend), guarded_allocations():
+        out = op.overload(*values.values())
+    out = () if out is None else out if isinstance(out, tuple) else (out,)
+    out += tuple(values[key] for key in s.mutated)
+    return s.defined(*out) if s.defined else out
+
+
+@pytest.mark.parametrize(("name", "index"), list(_cases()))
+def test_sample(name, index):
+    op = OPERATORS[name]
+    s = sampling.samples(op)[index]
+    expected = run(op, s, "reference")
+    tolerances = s.tolerance if isinstance(s.tolerance, tuple) else (s.tolerance,) * len(expected)
+    first = None
+    for seed in SEEDS:
+        with harness.model_extension(seed=seed):
+            actual = run(op, s, "cuda")
+        for a, e, t in zip(actual, expected, tolerances, strict=True):
+            assert_close(a, e, t, f"{name} on the model, seed {seed}")
+        for a, f in zip(actual, first or actual, strict=True):
+            assert_same_bits(a, f, f"{name} under another schedule")
+        first = first or actual
+
+
+def test_fp8_matmul_copies_what_the_hopper_kernel_cannot_address():
+    """Misaligned pointers, odd row strides, rows on top of each other, an output inside a frame: as if contiguous."""
+    a, scale_a, b, scale_b = operands(torch.Generator().manual_seed(0), 5, 24, 144)
+    with dk.use_backend("reference"):
+        expected = dk.fp8_matmul(a, scale_a, b, scale_b)
+        repeated = dk.fp8_matmul(a[:1].expand(5, -1), scale_a, b, scale_b)
+
+    def shifted(q, by):
+        wide = torch.zeros(len(q), q.shape[1] + by, dtype=torch.uint8).view(q.dtype)
+        wide[:, by:] = q
+        return wide[:, by:]
+
+    frame = torch.zeros(5, 31, dtype=torch.bfloat16)
+    with harness.model_extension(), dk.use_backend("cuda"):
+        assert_close(dk.fp8_matmul(shifted(a, 3), scale_a, shifted(b, 16), scale_b), expected, MATMUL)
+        assert_close(dk.fp8_matmul(a, scale_a, shifted(b, 8), scale_b), expected, MATMUL)
+        assert_close(dk.fp8_matmul(a[:1].expand(5, -1), scale_a, b, scale_b), repeated, MATMUL)
+        dk.fp8_matmul(a, scale_a, b, scale_b, out=frame[:, 5:29])
+    assert_close(frame[:, 5:29], expected, MATMUL)
+    assert not frame[:, :5].any() and not frame[:, 29:].any()
+
+
+def test_fp8_matmul_plan_knows_the_compiled_instances(model):
+    compiled = {}
+    for dtype, *instance in model.fp8_matmul_instances:
+        compiled.setdefault({model.BF16: "bfloat16", model.FP32: "float32"}[dtype], []).append(tuple(instance))
+    assert {d: sorted(i) for d, i in compiled.items()} == {d: sorted(i) for d, i in fp8_matmul_plan.INSTANCES.items()}
