@@ -4,6 +4,8 @@
 #include "fp8_matmul/cpu.h"
 #include "fp8_quantize/cpu.h"
 #include "grouped_matmul/cpu.h"
+#include "merge_states/cpu.h"
+#include "mla_cache_write/cpu.h"
 #include "mla_decode/cpu.h"
 #include "moe_gate/cpu.h"
 #include "moe_permute/cpu.h"
@@ -162,6 +164,71 @@ void bind_mla_decode(py::module_& m) {
       "threads"_a, release_gil());
 }
 
+void bind_merge_states(py::module_& m) {
+  m.def(
+      "merge_states",
+      [](address out_a, address lse_a, address out_b, address lse_b, address out, address lse, int64_t b, int64_t s_q,
+         int64_t h_q, int64_t d_v, int dtype, int threads) {
+        merge_states_cpu({at<void>(out_a), at<void>(out_b), at<float>(lse_a), at<float>(lse_b), at<void>(out),
+                          at<float>(lse), b, s_q, h_q, d_v, Dtype(dtype)},
+                         threads);
+      },
+      kw_only(), "out_a"_a, "lse_a"_a, "out_b"_a, "lse_b"_a, "out"_a, "lse"_a, "b"_a, "s_q"_a, "h_q"_a, "d_v"_a,
+      "dtype"_a, "threads"_a, release_gil());
+}
+
+void bind_mla_cache_write(py::module_& m) {
+  m.def(
+      "mla_cache_write",
+      [](address c_kv, address k_rope, address norm_weight, address cos_sin, address positions, address kv_cache,
+         address slots, int64_t num_tokens, int64_t d_latent, int64_t d_rope, int64_t max_positions, int64_t num_pages,
+         int64_t page_size, int64_t ld_c_kv, int64_t ld_k_rope, int64_t page_bytes, int64_t row_bytes, float eps,
+         int c_kv_dtype, int k_rope_dtype, int norm_dtype, int cache_dtype, bool wide_positions, bool wide_slots,
+         bool fp8, bool interleaved, int threads) {
+        const RotationCpu rotation{at<float>(cos_sin), at<void>(positions), max_positions, d_rope,
+                                   wide_positions,     interleaved,         false};
+        mla_cache_write_cpu({rotation,
+                             at<void>(c_kv),
+                             at<void>(k_rope),
+                             at<void>(norm_weight),
+                             at<void>(kv_cache),
+                             at<void>(slots),
+                             num_tokens,
+                             d_latent,
+                             num_pages,
+                             page_size,
+                             ld_c_kv,
+                             ld_k_rope,
+                             page_bytes,
+                             row_bytes,
+                             eps,
+                             Dtype(c_kv_dtype),
+                             Dtype(k_rope_dtype),
+                             Dtype(norm_dtype),
+                             Dtype(cache_dtype),
+                             wide_slots,
+                             fp8},
+                            threads);
+      },
+      kw_only(), "c_kv"_a, "k_rope"_a, "norm_weight"_a, "cos_sin"_a, "positions"_a, "kv_cache"_a, "slots"_a,
+      "num_tokens"_a, "d_latent"_a, "d_rope"_a, "max_positions"_a, "num_pages"_a, "page_size"_a, "ld_c_kv"_a,
+      "ld_k_rope"_a, "page_bytes"_a, "row_bytes"_a, "eps"_a, "c_kv_dtype"_a, "k_rope_dtype"_a, "norm_dtype"_a,
+      "cache_dtype"_a, "wide_positions"_a, "wide_slots"_a, "fp8"_a, "interleaved"_a, "threads"_a, release_gil());
+  m.def(
+      "mla_rope",
+      [](address x, address cos_sin, address positions, address out, int64_t num_tokens, int64_t heads, int64_t d_rope,
+         int64_t max_positions, int64_t x_stride_t, int64_t x_stride_h, int dtype, bool wide_positions,
+         bool interleaved, bool inverse, int threads) {
+        const RotationCpu rotation{at<float>(cos_sin), at<void>(positions), max_positions, d_rope,
+                                   wide_positions,     interleaved,         inverse};
+        mla_rope_cpu({rotation, at<void>(x), at<void>(out), num_tokens, heads, x_stride_t, x_stride_h, Dtype(dtype)},
+                     threads);
+      },
+      kw_only(), "x"_a, "cos_sin"_a, "positions"_a, "out"_a, "num_tokens"_a, "heads"_a, "d_rope"_a, "max_positions"_a,
+      "x_stride_t"_a, "x_stride_h"_a, "dtype"_a, "wide_positions"_a, "interleaved"_a, "inverse"_a, "threads"_a,
+      release_gil());
+}
+
 void bind_moe_gate(py::module_& m) {
   m.def("moe_gate_workspace", &moe_gate_workspace, kw_only(), "num_experts"_a, "num_groups"_a, "threads"_a);
   m.def(
@@ -248,13 +315,16 @@ void bind_cpu(py::module_& module) {
   bind_fp8_matmul(m);
   bind_fp8_quantize(m);
   bind_grouped_matmul(m);
+  bind_merge_states(m);
+  bind_mla_cache_write(m);
   bind_mla_decode(m);
   bind_moe_gate(m);
   bind_moe_permute(m);
   bind_moe_sort(m);
   bind_swiglu(m);
-  m.attr("ops") = py::make_tuple("fp8_dequantize", "fp8_matmul", "fp8_quantize", "grouped_matmul", "mla_decode",
-                                 "moe_gate", "moe_permute", "moe_sort", "moe_unpermute", "swiglu");
+  m.attr("ops") = py::make_tuple("fp8_dequantize", "fp8_matmul", "fp8_quantize", "grouped_matmul", "merge_states",
+                                 "mla_cache_write", "mla_decode", "mla_rope", "moe_gate", "moe_permute", "moe_sort",
+                                 "moe_unpermute", "swiglu");
 }
 
 }  // namespace deepseek_kernels

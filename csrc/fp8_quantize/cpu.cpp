@@ -86,11 +86,7 @@ void dequantize_row(const Fp8DequantizeCpuParams& p, int64_t r) {
     alignas(64) float s[kLanes] = {};
     std::memcpy(code, q + c, size_t(count));
     for (int i = 0; i < count; ++i) s[i] = scale[(c + i) / p.block_k * p.scale_stride_k];
-    const Vec value = load_e4m3(code) * load(s);
-    if (count == kLanes)
-      store_as<kDtype>(out + c * kBytes, value);
-    else
-      store_part<kDtype>(out + c * kBytes, value, count);
+    store_some<kDtype>(out + c * kBytes, load_e4m3(code) * load(s), count);
   }
 }
 

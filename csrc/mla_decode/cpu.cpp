@@ -188,12 +188,7 @@ struct Worker {
     const Vec factor = splat(empty ? 0.f : 1.f / divisor);
     char* to = static_cast<char*>(p.out) + (b * rows + i) * p.d_latent * kBytes;
     for (int64_t c = 0; c < p.d_latent; c += kLanes) {
-      const Vec v = load(out + c) * factor;
-      const int64_t left = p.d_latent - c;
-      if (left >= kLanes)
-        store_as<kDtype>(to + c * kBytes, v);
-      else
-        store_part<kDtype>(to + c * kBytes, v, int(left));
+      store_some<kDtype>(to + c * kBytes, load(out + c) * factor, p.d_latent - c);
     }
   }
 };

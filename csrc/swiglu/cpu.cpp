@@ -12,11 +12,6 @@ namespace {
 
 constexpr int64_t kBlock = 128;
 
-template <Dtype kDtype>
-inline Vec load_some(const char* p, int64_t left) {
-  return left >= kLanes ? load_as<kDtype>(p) : load_part<kDtype>(p, int(left));
-}
-
 // min that keeps a NaN in x.
 inline Vec at_most(Vec x, Vec limit) { return min(limit, x); }
 inline Vec at_least(Vec x, Vec limit) { return max(limit, x); }
@@ -53,11 +48,7 @@ void row(const SwigluCpuParams& p, int64_t r) {
       continue;
     }
     for (int64_t i = 0; i < count; i += kLanes) {
-      char* to = out + (begin + i) * kBytes;
-      if (count - i >= kLanes)
-        store_as<kDtype>(to, load(buffer + i));
-      else
-        store_part<kDtype>(to, load(buffer + i), int(count - i));
+      store_some<kDtype>(out + (begin + i) * kBytes, load(buffer + i), count - i);
     }
   }
 }

@@ -4,7 +4,7 @@ import torch
 
 from ..plan import merge_states as plan
 from ..reference import merge_states as reference
-from . import _allocate
+from . import _allocate, _extension
 from . import _checks as checks
 from ._registry import register
 
@@ -62,6 +62,19 @@ def _triton(config, out_a, lse_a, out_b, lse_b):
     return out, lse
 
 
+def _cpu(config, out_a, lse_a, out_b, lse_b):
+    out = _allocate.empty(out_a.shape, out_a.dtype, out_a.device)
+    lse = _allocate.empty(lse_a.shape, lse_a.dtype, lse_a.device)
+    inputs = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    inputs = {name: t.contiguous() for name, t in inputs.items()}
+    b, s_q, h_q, d_v = out.shape
+    _extension.cpu().merge_states(
+        **{name: t.data_ptr() for name, t in inputs.items()}, out=out.data_ptr(), lse=lse.data_ptr(),
+        b=b, s_q=s_q, h_q=h_q, d_v=d_v, dtype=_extension.dtype_code(out.dtype), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
 def _context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output[1])
 
@@ -96,7 +109,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.merge_states,
-    backends={"triton": _triton},
+    backends={"triton": _triton, "cpu": _cpu},
     backward=_backward,
     setup_context=_context,
 )

@@ -4,7 +4,7 @@ import torch
 
 from ..plan import mla_cache_write as plan
 from ..reference import mla_cache_write as reference
-from . import _allocate, _latent_cache
+from . import _allocate, _extension, _latent_cache
 from . import _checks as checks
 from ._registry import register
 
@@ -123,6 +123,31 @@ def _write_triton(config, c_kv, k_rope, norm_weight, cos_sin, positions, kv_cach
     )  # fmt: skip
 
 
+def _rotation(cos_sin, positions, interleaved) -> dict:
+    """Arguments the CPU kernels share. `positions` is contiguous."""
+    return {
+        "cos_sin": cos_sin.data_ptr(), "positions": positions.data_ptr(), "max_positions": cos_sin.shape[0],
+        "d_rope": cos_sin.shape[1], "wide_positions": positions.dtype == torch.int64, "interleaved": interleaved,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _write_cpu(config, c_kv, k_rope, norm_weight, cos_sin, positions, kv_cache, slots, eps, interleaved) -> None:
+    c_kv, k_rope, positions, slots = checks.rows(c_kv), checks.rows(k_rope), positions.contiguous(), slots.contiguous()
+    norm_weight = norm_weight.contiguous() if norm_weight is not None else None
+    fp8 = kv_cache.dtype == torch.uint8
+    (num_pages, page_size, _), size, code = kv_cache.shape, kv_cache.element_size(), _extension.dtype_code
+    _extension.cpu().mla_cache_write(
+        **_rotation(cos_sin, positions, interleaved), c_kv=c_kv.data_ptr(), k_rope=k_rope.data_ptr(),
+        norm_weight=_extension.address(norm_weight), kv_cache=kv_cache.data_ptr(), slots=slots.data_ptr(),
+        num_tokens=c_kv.shape[0], d_latent=c_kv.shape[1], num_pages=num_pages, page_size=page_size,
+        ld_c_kv=c_kv.stride(0), ld_k_rope=k_rope.stride(0), page_bytes=kv_cache.stride(0) * size,
+        row_bytes=kv_cache.stride(1) * size, eps=eps, c_kv_dtype=code(c_kv.dtype), k_rope_dtype=code(k_rope.dtype),
+        norm_dtype=code(norm_weight.dtype) if norm_weight is not None else 0,
+        cache_dtype=0 if fp8 else code(kv_cache.dtype), wide_slots=slots.dtype == torch.int64, fp8=fp8,
+    )  # fmt: skip
+
+
 def _check_rope(x, cos_sin, positions, interleaved, inverse) -> None:
     checks.tensor("mla_rope", "x", x, dtype=checks.FLOATS, shape=(None, None, None))
     _check_rotation("mla_rope", x.shape[0], x.shape[2], cos_sin, positions, x.device)
@@ -148,6 +173,17 @@ def _rope_triton(config, x, cos_sin, positions, interleaved, inverse):
     return out
 
 
+def _rope_cpu(config, x, cos_sin, positions, interleaved, inverse):
+    out = _allocate.empty(x.shape, x.dtype, x.device)
+    x, positions = checks.rows(x), positions.contiguous()
+    _extension.cpu().mla_rope(
+        **_rotation(cos_sin, positions, interleaved), x=x.data_ptr(), out=out.data_ptr(), num_tokens=x.shape[0],
+        heads=x.shape[1], x_stride_t=x.stride(0), x_stride_h=x.stride(1), dtype=_extension.dtype_code(x.dtype),
+        inverse=inverse,
+    )  # fmt: skip
+    return out
+
+
 def _rope_context(ctx, inputs, output) -> None:
     _, cos_sin, positions, interleaved, inverse = (*inputs, *(True, False)[len(inputs) - 3 :])
     ctx.save_for_backward(cos_sin, positions)
@@ -167,7 +203,7 @@ register(
     plan=plan,
     fake=_write_fake,
     reference=reference.mla_cache_write,
-    backends={"triton": _write_triton},
+    backends={"triton": _write_triton, "cpu": _write_cpu},
 )
 register(
     "mla_rope(Tensor x, Tensor cos_sin, Tensor positions, bool interleaved=True, bool inverse=False) -> Tensor",
@@ -176,7 +212,7 @@ register(
     plan=plan,
     fake=_rope_fake,
     reference=reference.mla_rope,
-    backends={"triton": _rope_triton},
+    backends={"triton": _rope_triton, "cpu": _rope_cpu},
     backward=_rope_backward,
     setup_context=_rope_context,
 )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..device import DeviceSpec
-from .backend import Environment, triton_reason
+from .backend import Environment, cpu_reason, triton_reason
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ def bytes(p: Problem) -> int:
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
     float64 = "float64 runs on the reference only" if p.dtype == "float64" else ""
-    return {"triton": float64 or triton_reason(device, env)}
+    return {
+        "triton": float64 or triton_reason(device, env),
+        "cpu": float64 or cpu_reason("merge_states", device, env),
+    }
 
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..device import DeviceSpec
-from .backend import Environment, triton_reason
+from .backend import Environment, cpu_reason, triton_reason
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,11 @@ def bytes(p: Problem) -> int:
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
     float64 = "float64 runs on the reference only" if p.dtype == "float64" else ""
-    return {"triton": float64 or triton_reason(device, env)}
+    op = "mla_cache_write" if p.kind == "write" else "mla_rope"
+    return {
+        "triton": float64 or triton_reason(device, env),
+        "cpu": float64 or cpu_reason(op, device, env),
+    }
 
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:

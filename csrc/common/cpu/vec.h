@@ -343,6 +343,19 @@ inline void store_part(void* p, Vec a, int count) {
   std::memcpy(p, part, size_t(count) * (kDtype == Dtype::kFp32 ? 4 : 2));
 }
 
+// As many of kLanes elements as `left` has; the rest is zero, or not stored.
+template <Dtype kDtype>
+inline Vec load_some(const void* p, int64_t left) {
+  return left >= kLanes ? load_as<kDtype>(p) : load_part<kDtype>(p, int(left));
+}
+template <Dtype kDtype>
+inline void store_some(void* p, Vec a, int64_t left) {
+  if (left >= kLanes)
+    store_as<kDtype>(p, a);
+  else
+    store_part<kDtype>(p, a, int(left));
+}
+
 // Calls body(tag) with a tag whose static `kDtype` is the run-time dtype.
 template <Dtype kValue>
 struct DtypeTag {
