@@ -117,6 +117,9 @@ def ninja_file(root: Path, folder: Path, output: Path, cxx: str, cuda: bool, arc
     for source in sorted(csrc.glob("*/cpu.cpp")):
         for isa, flags in isa_flags(platform.machine()).items():
             compile("cxx", source, f"{source.parent.name}-{isa}", [*host, *flags, f"-DDSK_ISA={isa}"], isa)
+    for source in sorted(csrc.glob("*/cpu_bf16.cpp")) if "avx512" in isa_flags(platform.machine()) else []:
+        flags = [*isa_flags(platform.machine())["avx512"], "-mavx512bf16", "-mavx512vbmi"]
+        compile("cxx", source, f"{source.parent.name}-avx512_bf16", [*host, *flags], "avx512_bf16")
     for source in sorted(csrc.glob("*/launch.cu")) if cuda else []:
         flags = toolchain.gencode(archs, hopper_only=(source.parent / "kernel_sm90.cuh").exists())
         if not flags:

@@ -4,24 +4,13 @@
 #include "fp8_matmul/cpu.h"
 
 #include "common/cpu/parallel.h"
+#include "common/cpu/put.h"
 #include "common/cpu/rows_matmul.h"
 
 namespace deepseek_kernels::DSK_ISA {
 namespace {
 
 constexpr int kMaxRows = 4096;  // of a per call of rows_matmul: row pointers live on the stack
-
-template <Dtype kDtype>
-inline void put(void* d, int64_t at, float value, bool accumulate) {
-  if constexpr (kDtype == Dtype::kFp32) {
-    float* p = static_cast<float*>(d) + at;
-    *p = accumulate ? *p + value : value;
-  } else {
-    uint16_t* p = static_cast<uint16_t*>(d) + at;
-    if constexpr (kDtype == Dtype::kBf16) *p = to_bf16(accumulate ? from_bf16(*p) + value : value);
-    if constexpr (kDtype == Dtype::kFp16) *p = to_fp16(accumulate ? from_fp16(*p) + value : value);
-  }
-}
 
 }  // namespace
 

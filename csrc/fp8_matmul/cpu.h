@@ -23,10 +23,10 @@ struct Fp8MatmulCpuParams {
 
 // Floats of workspace, enough for every instruction set.
 inline int64_t fp8_matmul_workspace(int64_t m, int64_t k, int threads) {
-  const int64_t rows = m * ((k + 15) / 16 * 16), per_thread = 4 * 1024 + (m + 6) * 4 * 16;
+  const int64_t rows = m * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (m + 6) * 4 * 16;
   return rows + threads * per_thread;
 }
 
-DSK_CPU_KERNEL(fp8_matmul, Fp8MatmulCpuParams)
+DSK_CPU_KERNEL_BF16(fp8_matmul, Fp8MatmulCpuParams)
 
 }  // namespace deepseek_kernels

@@ -7,10 +7,12 @@
 
 namespace deepseek_kernels {
 
-enum class Isa { kBase, kAvx2, kAvx512 };
+// kAvx512Bf16 is AVX-512 with a bf16 dot product that runs at twice the rate of fp32 (AMD from Zen 4; on Intel without
+// AMX it runs at half that rate and is not used). Kernels that gain nothing from it are those of kAvx512.
+enum class Isa { kBase, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The best this processor and operating system offer, or DEEPSEEK_KERNELS_CPU_ISA (base, avx2, avx512). Throws Error if
-// that names an unknown set, or one that the processor lacks.
+// The best this processor and operating system offer, or DEEPSEEK_KERNELS_CPU_ISA (base, avx2, avx512, avx512_bf16).
+// Throws Error if that names an unknown set, or one that the processor lacks.
 Isa cpu_isa();
 const char* name(Isa isa);
 
@@ -20,19 +22,21 @@ extern bool cpu_forked;
 }  // namespace deepseek_kernels
 
 // Declares `void function(const Params&, int threads)` for every instruction set and function_cpu, which picks one.
+// DSK_CPU_KERNEL_BF16 is for the folders that have a cpu_bf16.cpp.
+#define DSK_CPU_DECLARE(set, function, Params)      \
+  namespace set {                                   \
+  void function(const Params& params, int threads); \
+  }
 #if defined(__x86_64__)
-#define DSK_CPU_KERNEL(function, Params)                          \
-  namespace base {                                                \
-  void function(const Params& params, int threads);               \
-  }                                                               \
-  namespace avx2 {                                                \
-  void function(const Params& params, int threads);               \
-  }                                                               \
-  namespace avx512 {                                              \
-  void function(const Params& params, int threads);               \
-  }                                                               \
+#define DSK_CPU_DISPATCH(function, Params, bf16)                  \
+  DSK_CPU_DECLARE(base, function, Params)                         \
+  DSK_CPU_DECLARE(avx2, function, Params)                         \
+  DSK_CPU_DECLARE(avx512, function, Params)                       \
+  DSK_CPU_DECLARE(avx512_bf16, function, Params)                  \
   inline void function##_cpu(const Params& params, int threads) { \
     switch (cpu_isa()) {                                          \
+      case Isa::kAvx512Bf16:                                      \
+        return bf16::function(params, threads);                   \
       case Isa::kAvx512:                                          \
         return avx512::function(params, threads);                 \
       case Isa::kAvx2:                                            \
@@ -42,9 +46,9 @@ extern bool cpu_forked;
     }                                                             \
   }
 #else
-#define DSK_CPU_KERNEL(function, Params)            \
-  namespace base {                                  \
-  void function(const Params& params, int threads); \
-  }                                                 \
+#define DSK_CPU_DISPATCH(function, Params, bf16) \
+  DSK_CPU_DECLARE(base, function, Params)        \
   inline void function##_cpu(const Params& params, int threads) { base::function(params, threads); }
 #endif
+#define DSK_CPU_KERNEL(function, Params) DSK_CPU_DISPATCH(function, Params, avx512)
+#define DSK_CPU_KERNEL_BF16(function, Params) DSK_CPU_DISPATCH(function, Params, avx512_bf16)
