@@ -23,7 +23,7 @@ struct Fp8MatmulCpuParams {
 
 // Floats of workspace, enough for every instruction set.
 inline int64_t fp8_matmul_workspace(int64_t m, int64_t k, int threads) {
-  const int64_t rows = m * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (m + 6) * 4 * 16;
+  const int64_t rows = m * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (m + 6) * 16 * 16;
   return rows + threads * per_thread;
 }
 

@@ -26,7 +26,7 @@ struct GroupedMatmulCpuParams {
 // Floats of workspace, enough for every instruction set: a in fp32, the scratch of each thread, the row pointers.
 inline int64_t grouped_matmul_workspace(int64_t num_tokens, int64_t num_rows, int64_t k, int64_t num_experts,
                                         int threads) {
-  const int64_t rows = num_tokens * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (num_rows + 6) * 4 * 16;
+  const int64_t rows = num_tokens * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (num_rows + 6) * 16 * 16;
   return rows + threads * per_thread + 4 * num_rows + 2 * (num_experts + 2);
 }
 

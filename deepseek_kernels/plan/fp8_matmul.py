@@ -5,15 +5,11 @@ from math import sqrt
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
-from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
+from .backend import Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALE_B_ROWS = {"128x128": BLOCK, "1x128": 1}
 """Granularity of b -> rows of b that share one scale."""
-
-
-CPU_MAX_ROWS = 32
-"""Rows up to which the CPU kernel is the first choice."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +75,6 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
         "cpu": _cpu(p, device, env),
         "torch": "",
     }
-
-
-def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
-    """On a CPU our kernel, which streams the weight, is the first choice for few rows, torch's matmul for many."""
-    return BACKENDS if p.m <= CPU_MAX_ROWS else ("cuda", "triton", "torch", "cpu", "reference")
 
 
 def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
@@ -233,7 +224,7 @@ def _cost_cuda(c: CudaConfig, p: Problem, device: DeviceSpec) -> float:
     # two warpgroups take turns: one scales while the other multiplies; one alone does both
     math = max(math, promotion) if c.tile_m > 64 else math + promotion
     read = _read((min(c.tile_m, p.m) + c.tile_n / c.cluster) * BLOCK, c.stages - 1)
-    seconds = ceil_div(tiles, device.num_sms) * (p.blocks * _overlap(math, read) + MEMORY_LATENCY)
+    seconds = ceil_div(tiles, device.num_sms) * (max(p.blocks, 1) * _overlap(math, read) + MEMORY_LATENCY)
     return _overlap(seconds, bytes(p) / device.bandwidth)
 
 
@@ -246,7 +237,8 @@ def _cost_triton(c: Config, p: Problem, device: DeviceSpec) -> float:
         math += (c.block_m + c.block_n) * BLOCK * DECODE_OPERATIONS / (device.rate("fp32") / 2 / device.num_sms)
     read = _read(busy * (c.block_m + c.block_n) * BLOCK, c.num_stages - 1)
     waves = ceil_div(tiles, device.num_sms * programs)
-    seconds = waves * (ceil_div(p.blocks, c.split_k) * _overlap(busy * math, read) + MEMORY_LATENCY)
+    steps = max(ceil_div(p.blocks, c.split_k), 1)
+    seconds = waves * (steps * _overlap(busy * math, read) + MEMORY_LATENCY)
     traffic = bytes(p)
     if c.split_k > 1:
         seconds += LAUNCH

@@ -6,7 +6,8 @@
 // Tiling:  kRowsN weight rows by kRowsM rows of a: a partial sum over the 128 columns that share scales, and a running
 // total.
 //          m <= kRowsM: the weight goes from memory through the decode into the dot products.
-//          m >  kRowsM: kColumns columns of it are decoded into L1 and used for every tile of a.
+//          m >  kRowsM: kPanel rows by kColumns columns of it are decoded into L1 and used for every tile of a, whose
+//          rows then stay in L1 for the whole panel.
 #pragma once
 #include <immintrin.h>
 
@@ -16,13 +17,14 @@
 namespace deepseek_kernels {
 namespace {
 
-constexpr int kRowsM = 4, kRowsN = 4;  // 16 partial sums in registers; the totals are touched once a block
-constexpr int64_t kColumns = 2048, kBlockColumns = 128, kStep = 64;
+constexpr int kRowsM = 4, kRowsN = 4;           // 16 partial sums in registers; the totals are touched once a block
+constexpr int64_t kPanel = 16, kColumns = 512;  // weight rows and columns decoded at a time: 16 KiB
+constexpr int64_t kBlockColumns = 128, kStep = 64;
 
 inline int64_t padded_columns(int64_t k) { return (k + kBlockColumns - 1) / kBlockColumns * kBlockColumns; }
 
 // Floats of scratch that one thread needs for m rows.
-inline int64_t dot_scratch(int64_t m) { return kRowsN * kColumns / 2 + (m + kRowsM) * kRowsN * 16; }
+inline int64_t dot_scratch(int64_t m) { return kPanel * kColumns / 2 + (m + kRowsM) * kPanel * 16; }
 
 // The bf16 of each non-negative e4m3 code, as its high and low bytes.
 struct E4m3Tables {
@@ -183,15 +185,26 @@ void dot_tile(const Rows& rows, const DotRow* a, int64_t j, int64_t begin, int64
     for (int r = 0; r < kN; ++r) _mm512_storeu_ps(partial + (i * kN + r) * 16, totals[i][r]);
 }
 
-template <int kN, class Rows, class Store>
-void dot_many(const Rows& rows, const DotRow* a, int m, int64_t j, float* scratch, const Store& store) {
+// kM rows of a times the `count` weight rows of a panel, whose partial sums are kept row by row of the panel.
+template <int kM, class Rows>
+void dot_panel(const Rows& rows, const DotRow* a, int64_t j, int64_t count, int64_t begin, int64_t end,
+               const uint16_t* tile, float* partial) {
+  int64_t r = 0;
+  for (; r + kRowsN <= count; r += kRowsN) {
+    dot_tile<kM, kRowsN>(rows, a, j + r, begin, end, tile + r * kColumns, partial + r * kM * 16);
+  }
+  for (; r < count; ++r) dot_tile<kM, 1>(rows, a, j + r, begin, end, tile + r * kColumns, partial + r * kM * 16);
+}
+
+template <class Rows, class Store>
+void dot_many(const Rows& rows, const DotRow* a, int m, int64_t j, int64_t count, float* scratch, const Store& store) {
   const E4m3Decoder decode;
   uint16_t* tile = reinterpret_cast<uint16_t*>(scratch);
-  float* partial = scratch + kRowsN * kColumns / 2;
-  std::memset(partial, 0, sizeof(float) * size_t(m) * kN * 16);
+  float* partial = scratch + kPanel * kColumns / 2;
+  std::memset(partial, 0, sizeof(float) * size_t(m * count) * 16);
   for (int64_t begin = 0; begin < rows.k; begin += kColumns) {
     const int64_t end = begin + kColumns < rows.k ? begin + kColumns : rows.k;
-    for (int r = 0; r < kN; ++r) {
+    for (int64_t r = 0; r < count; ++r) {
       for (int64_t c = begin; c < end; c += kStep) {
         __m512i w[2];
         rows.load(decode, j + r, c, w);
@@ -201,34 +214,45 @@ void dot_many(const Rows& rows, const DotRow* a, int m, int64_t j, float* scratc
       }
     }
     int i = 0;
-    for (; i + kRowsM <= m; i += kRowsM) dot_tile<kRowsM, kN>(rows, a + i, j, begin, end, tile, partial + i * kN * 16);
-    if (m - i == 3) dot_tile<3, kN>(rows, a + i, j, begin, end, tile, partial + i * kN * 16);
-    if (m - i == 2) dot_tile<2, kN>(rows, a + i, j, begin, end, tile, partial + i * kN * 16);
-    if (m - i == 1) dot_tile<1, kN>(rows, a + i, j, begin, end, tile, partial + i * kN * 16);
-  }
-  for (int i = 0; i < m; ++i)
-    for (int r = 0; r < kN; ++r) {
-      store(i, j + r, _mm512_reduce_add_ps(_mm512_loadu_ps(partial + (i * kN + r) * 16)));
+    for (; i + kRowsM <= m; i += kRowsM) {
+      dot_panel<kRowsM>(rows, a + i, j, count, begin, end, tile, partial + i * count * 16);
     }
+    float* rest = partial + i * count * 16;
+    if (m - i == 3) dot_panel<3>(rows, a + i, j, count, begin, end, tile, rest);
+    if (m - i == 2) dot_panel<2>(rows, a + i, j, count, begin, end, tile, rest);
+    if (m - i == 1) dot_panel<1>(rows, a + i, j, count, begin, end, tile, rest);
+  }
+  for (int i = 0; i < m; i += kRowsM) {
+    const int rows_here = m - i < kRowsM ? m - i : kRowsM;
+    for (int64_t r = 0; r < count; ++r) {
+      // a tile of kRowsN weight rows keeps [row of a][weight row]; a single weight row keeps [row of a]
+      const int64_t first = r / kRowsN * kRowsN, width = first + kRowsN <= count ? kRowsN : 1;
+      const float* tile_sums = partial + i * count * 16 + (width == 1 ? r : first) * rows_here * 16;
+      for (int q = 0; q < rows_here; ++q) {
+        const float* v = tile_sums + (q * width + (width == 1 ? 0 : r - first)) * 16;
+        store(i + q, j + r, _mm512_reduce_add_ps(_mm512_loadu_ps(v)));
+      }
+    }
+  }
 }
 
 // Weight rows [begin, end), `begin` a multiple of kRowsN, for all m rows of a. store(i, j, value) takes the results.
 template <class Rows, class Store>
 void dot_rows(const Rows& rows, const DotRow* a, int m, int64_t begin, int64_t end, float* scratch,
               const Store& store) {
+  if (m > kRowsM) {
+    for (int64_t j = begin; j < end;) {  // a panel may not cross into the next block of rows: it has other scales
+      const int64_t block_end = (j / kBlockColumns + 1) * kBlockColumns;
+      int64_t stop = j + kPanel < end ? j + kPanel : end;
+      stop = stop < block_end ? stop : block_end;
+      dot_many(rows, a, m, j, stop - j, scratch, store);
+      j = stop;
+    }
+    return;
+  }
   int64_t j = begin;
-  for (; j + kRowsN <= end; j += kRowsN) {
-    if (m <= kRowsM)
-      dot_few<kRowsN>(rows, a, m, j, store);
-    else
-      dot_many<kRowsN>(rows, a, m, j, scratch, store);
-  }
-  for (; j < end; ++j) {
-    if (m <= kRowsM)
-      dot_few<1>(rows, a, m, j, store);
-    else
-      dot_many<1>(rows, a, m, j, scratch, store);
-  }
+  for (; j + kRowsN <= end; j += kRowsN) dot_few<kRowsN>(rows, a, m, j, store);
+  for (; j < end; ++j) dot_few<1>(rows, a, m, j, store);
 }
 
 }  // namespace
