@@ -13,7 +13,7 @@ from . import _checks as checks
 from ._registry import register
 
 _WIDE = (torch.bfloat16, torch.float16, torch.float32)
-_TMA_BYTES = 16
+_VECTOR_BYTES = 16
 
 
 def fp8_matmul(
@@ -30,10 +30,10 @@ def fp8_matmul(
     """Multiply block-scaled e4m3 matrices: `d[m, n] = dequantize(a) @ dequantize(b)^T + bias[n]`.
 
     Args:
-        a: [m, k] e4m3; any m, k a multiple of 16 (the last block of 128 may be partial); any strides (a copy is made
-            unless the last dimension is contiguous).
+        a: [m, k] e4m3; any m, k a multiple of 16 (the last block of 128 may be partial); any strides.
         scale_a: fp32 [m, ceil(k/128)], any strides, as `fp8_quantize(x)` gives it in either layout.
-        b: [n, k] e4m3, n a multiple of 8; the last dimension is contiguous.
+        b: [n, k] e4m3, n a multiple of 8; the last dimension is contiguous. A GPU backend copies a or b at every call
+            unless its rows are contiguous and begin at multiples of 16 bytes.
         scale_b: fp32 [ceil(n/128), ceil(k/128)], one scale per 128x128 block (weights), or [n, ceil(k/128)], one per
             1x128 block (both operands of a weight gradient are activations). Any strides.
         bias: bf16, fp16 or fp32 [n], added in fp32.
@@ -123,6 +123,17 @@ def _returning(into: Callable) -> Callable:
     return run
 
 
+def _in_vectors(t: torch.Tensor) -> bool:
+    """Whether the rows of `t` are contiguous, 16-byte aligned and apart from each other. TMA takes no others, and what
+    cannot be loaded in whole vectors is slower to read once than to copy."""
+    rows_apart = t.stride(0) >= t.shape[1] and t.stride(0) * t.element_size() % _VECTOR_BYTES == 0
+    return t.stride(1) == 1 and rows_apart and t.data_ptr() % _VECTOR_BYTES == 0
+
+
+def _vector_rows(t: torch.Tensor) -> torch.Tensor:
+    return t if _in_vectors(t) else t.clone(memory_format=torch.contiguous_format)
+
+
 def _triton(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     from ..triton_kernels import fp8_matmul as kernel
 
@@ -132,26 +143,17 @@ def _triton(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     if config.split_k > 1:
         workspace = _allocate.empty((config.split_k, *out.shape), torch.float32, out.device)
     scale_b_rows = plan.SCALE_B_ROWS[_granularity(b, scale_b)]
+    a, b = _vector_rows(a), _vector_rows(b)
     bias = bias if bias is None else bias.contiguous()
-    kernel.matmul(config, scale_b_rows, accumulate, checks.rows(a), scale_a, b, scale_b, bias, out, workspace)
-
-
-def _fits_tma(t: torch.Tensor) -> bool:
-    """Whether the Hopper kernel can address the rows of `t`: contiguous, 16-byte aligned, apart from each other."""
-    rows_apart = t.stride(0) >= t.shape[1] and t.stride(0) * t.element_size() % _TMA_BYTES == 0
-    return t.stride(1) == 1 and rows_apart and t.data_ptr() % _TMA_BYTES == 0
-
-
-def _for_tma(t: torch.Tensor) -> torch.Tensor:
-    return t if _fits_tma(t) else t.clone(memory_format=torch.contiguous_format)
+    kernel.matmul(config, scale_b_rows, accumulate, a, scale_a, b, scale_b, bias, out, workspace)
 
 
 def _cuda(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     if out.numel() == 0:
         return
-    a, b = _for_tma(a), _for_tma(b)
+    a, b = _vector_rows(a), _vector_rows(b)
     bias = bias if bias is None else bias.contiguous()
-    d = out if _fits_tma(out) else _allocate.empty(out.shape, out.dtype, out.device)
+    d = out if _in_vectors(out) else _allocate.empty(out.shape, out.dtype, out.device)
     address = _extension.address
     _extension.module().fp8_matmul(
         a=address(a), scale_a=address(scale_a), b=address(b), scale_b=address(scale_b), bias=address(bias),
