@@ -3,7 +3,7 @@
 | word | meaning |
 | --- | --- |
 | `b`, `s_q`, `s_kv`, `h_q` | sequences, query tokens per sequence, cached tokens, query heads |
-| `d_latent`, `d_rope`, `d_nope`, `d_v` | widths of latent attention; `d_qk` = latent + rope absorbed, nope + rope unabsorbed |
+| `d_latent`, `d_rope`, `d_nope`, `d_v` | widths of latent attention; `d_qk` = latent + rope (absorbed) or nope + rope |
 | `page_size`, `block_table`, `seqlens_kv` | paged cache; int32 |
 | `num_tokens` T, `hidden` H, `num_experts` E, `top_k` K, `intermediate` I, `num_rows` R = T*K | mixture of experts |
 | `token_topk_to_pos` [T, K], `pos_to_token_topk` [R_max], `expert_offsets` [E+1] | routing maps, int32; -1 = no entry |

@@ -1,4 +1,4 @@
-"""Test-wide setting: the Triton interpreter where there is no GPU, one thread a worker, a count of what a GPU would add."""
+"""Test-wide settings: the Triton interpreter where there is no GPU, one thread a worker, what a GPU would add."""
 
 import os
 

@@ -1,6 +1,6 @@
 """Checks that read as a table. Every message names op, argument, what was wanted and what came."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -59,7 +59,7 @@ def _fits(shape: torch.Size, wanted: Sequence[int | None]) -> bool:
     return True
 
 
-def one_of(op: str, argument: str, value: object, choices: Sequence) -> None:
+def one_of(op: str, argument: str, value: object, choices: Collection) -> None:
     if value not in choices:
         raise fail(op, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
 
@@ -69,7 +69,7 @@ def at_least(op: str, argument: str, value: int, least: int) -> None:
         raise fail(op, argument, f"at least {least}", value)
 
 
-def multiple(op: str, argument: str, value: int, of: int) -> None:
+def multiple(op: str, argument: str, value: int | torch.SymInt, of: int) -> None:
     if value % of:
         raise fail(op, argument, f"a multiple of {of}", value)
 

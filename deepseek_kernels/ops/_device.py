@@ -20,6 +20,5 @@ def spec(device: torch.device) -> DeviceSpec:
     if device.type != "cuda":
         return CPU
     p = torch.cuda.get_device_properties(device)
-    return gpu_spec(
-        p.name, p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin, p.L2_cache_size
-    )
+    shared = p.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return gpu_spec(p.name, p.major * 10 + p.minor, p.multi_processor_count, shared, p.L2_cache_size)

@@ -97,7 +97,7 @@ def _select(name: str, problem, device, forced: str | None, generation: int) -> 
         able = [b for b in BACKENDS if not choice.reasons[b]]
         raise BackendError(
             f"{name}: backend {forced!r} was asked for and cannot run this case on {device.name}: "
-            f"{choice.reasons[forced]}. Able to: {', '.join(able)}. "
+            f"{choice.reasons[str(forced)]}. Able to: {', '.join(able)}. "
             f"Choose one with deepseek_kernels.use_backend(...) or unset DEEPSEEK_KERNELS_BACKEND."
         )
     config = op.plan.select(problem, device, choice.backend) if hasattr(op.plan, "select") else None

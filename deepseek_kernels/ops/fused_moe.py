@@ -12,6 +12,7 @@ same composition for a CPU without compiled kernels, of plain torch and one libr
 from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 
@@ -120,7 +121,7 @@ def _check_as(op: str):
     return check
 
 
-def _problem_as(kind: str):
+def _problem_as(kind: Literal["inference", "forward", "backward"]):
     def problem(x, w_gate_up, w_down, weights, indices, *_) -> plan.Problem:
         num_experts, hidden, intermediate = w_down.shape
         return plan.Problem(

@@ -1,5 +1,6 @@
 """Plan of `fp8_matmul`: which tile, how many of them, and how k is shared out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -147,7 +148,7 @@ MAX_SPLIT_ROWS = 256
 """Above, the tiles fill the device without sharing out k."""
 
 
-def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> list[Config] | list[CudaConfig]:
+def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Sequence[Config | CudaConfig]:
     if backend == "cuda":
         return [_cuda_config(p, device, *i) for i in INSTANCES.get(p.out_dtype, ())]
     if device.kind == "cpu":  # what the interpreter checks: every path of the kernel over the shapes of the tests
@@ -156,7 +157,7 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> list[
     splits = [s for s in SPLITS if s == 1 or (p.m <= MAX_SPLIT_ROWS and s <= p.blocks)]
     configs = []
     for tile in TILES_HOPPER if device.arch >= 90 else TILES:
-        config = Config(*tile, native_fp8=device.arch >= 89)
+        config = replace(Config(*tile), native_fp8=device.arch >= 89)
         concurrent = device.num_sms * resident(config, device)
         group = _group(ceil_div(p.m, config.block_m), config.block_m, config.block_n, concurrent)
         configs += [replace(config, split_k=s, group_m=group) for s in splits]
@@ -269,9 +270,10 @@ def select(p: Problem, device: DeviceSpec, backend: str) -> Config | CudaConfig 
     if backend not in ("cuda", "triton"):
         return None
 
-    def order(c):
+    def order(c: Config | CudaConfig) -> tuple[float, ...]:
         if isinstance(c, CudaConfig):
             return cost(c, p, device), -c.tile_m * c.tile_n
         return cost(c, p, device), c.split_k, -c.block_m * c.block_n
 
-    return min(candidates(p, device, backend), key=order)
+    options: Sequence[Config | CudaConfig] = candidates(p, device, backend)
+    return min(options, key=order)

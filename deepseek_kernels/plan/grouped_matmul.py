@@ -142,6 +142,7 @@ def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
     if device.kind == "cpu":
         return [CPU_CONFIG]
     fp32 = p.dtype == "float32"
+    tiles: tuple[tuple[int, int, int, int, int], ...]
     if p.kind == "wgrad":
         tiles = TILES_WGRAD_FP32 if fp32 else TILES_WGRAD
     else:

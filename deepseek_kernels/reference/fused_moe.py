@@ -62,7 +62,7 @@ def fused_moe_forward(
         rows, scale = moe_permute(x, to_pos, to_entry, quantize=True)
         gate_up = fp8_grouped_matmul(rows, scale, w_gate_up, scale_gate_up, offsets, torch.float32).to(dtype)
         h, scale = swiglu(gate_up, weights, to_entry, quantize=True, clamp=clamp)
-        y = fp8_grouped_matmul(h, scale, w_down, scale_down, offsets, torch.float32)
+        y = fp8_grouped_matmul(h, scale, w_down, scale_down, offsets, torch.float32)  # type: ignore[arg-type]
     return moe_unpermute(y, to_pos, to_entry).to(x.dtype), gate_up, *maps
 
 
@@ -78,7 +78,7 @@ def fused_moe_backward(
     expert_offsets: torch.Tensor,
     clamp: float | None,
     needs: tuple[bool, bool, bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Gradients of x, w_gate_up, w_down and weights; those that nobody `needs` are empty."""
     grad_rows, _ = moe_permute(_wide(grad), token_topk_to_pos, pos_to_token_topk)
     grad_h = grouped_matmul(grad_rows, _wide(w_down).transpose(1, 2), expert_offsets)
