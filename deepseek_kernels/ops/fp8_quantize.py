@@ -73,12 +73,12 @@ def _check_quantize(x, granularity, pow2_scale, scale_layout) -> None:
 
 
 def _quantize_problem(x, granularity, pow2_scale, scale_layout) -> plan.Problem:
-    return plan.Problem("quantize", *x.shape, granularity, x.element_size())
+    return plan.Problem("quantize", x.shape[0], x.shape[1], granularity, x.element_size())
 
 
 def _quantize_outputs(empty, x, granularity, scale_layout):
     """(q, scale) made by `empty(shape, dtype, device)`."""
-    scale_m, scale_k = plan.scale_shape(*x.shape, granularity)
+    scale_m, scale_k = plan.scale_shape(x.shape[0], x.shape[1], granularity)
     q = empty(x.shape, checks.FP8, x.device)
     if scale_layout == "row":
         return q, empty((scale_m, scale_k), torch.float32, x.device)
@@ -130,12 +130,12 @@ def _check_dequantize(q, scale, granularity, out_dtype) -> None:
     checks.one_of(op, "granularity", granularity, tuple(GRANULARITIES))
     checks.one_of(op, "out_dtype", out_dtype, (None, *_WIDE))
     checks.tensor(op, "q", q, dtype=checks.FP8, shape=(None, None))
-    shape = plan.scale_shape(*q.shape, granularity)
+    shape = plan.scale_shape(q.shape[0], q.shape[1], granularity)
     checks.tensor(op, "scale", scale, dtype=torch.float32, shape=shape, device=q.device)
 
 
 def _dequantize_problem(q, scale, granularity, out_dtype) -> plan.Problem:
-    return plan.Problem("dequantize", *q.shape, granularity, (out_dtype or torch.float32).itemsize)
+    return plan.Problem("dequantize", q.shape[0], q.shape[1], granularity, (out_dtype or torch.float32).itemsize)
 
 
 def _dequantize_fake(q, scale, granularity, out_dtype):
