@@ -103,6 +103,7 @@ def _attend(
     q_stride_b, q_stride_s, q_stride_h, page_stride,
     ROW_STRIDE: tl.constexpr, D_LATENT: tl.constexpr, D_ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
+    HOIST: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
     HALF: tl.constexpr = D_LATENT // 2
@@ -119,7 +120,7 @@ def _attend(
     mass = tl.zeros((BLOCK_H,), tl.float32)
     total0 = tl.zeros((BLOCK_H, HALF), tl.float32)
     total1 = tl.zeros((BLOCK_H, HALF), tl.float32)
-    for start in range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=not HOIST):
         token, present, kv_row = _tile(
             kv_cache, block_table + sequence * max_pages, start, end, pages, page_stride, ROW_STRIDE, PAGE_SIZE, BLOCK_N
         )
@@ -168,7 +169,7 @@ def _attend_fp8(
     q, kv_cache, block_table, seqlens_kv, sink, out, lse, scale, s_q, h_q, pages, max_pages, capacity, num_splits,
     q_stride_b, q_stride_s, q_stride_h, page_stride,
     ROW_STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr, NATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr, HOIST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
     sequence, split, row, end_of_row, begin, end = _share(
@@ -188,7 +189,7 @@ def _attend_fp8(
     total1 = tl.zeros((BLOCK_H, 128), tl.float32)
     total2 = tl.zeros((BLOCK_H, 128), tl.float32)
     total3 = tl.zeros((BLOCK_H, 128), tl.float32)
-    for start in range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=not HOIST):
         token, present, kv_row = _tile(
             kv_cache, block_table + sequence * max_pages, start, end, pages, page_stride, ROW_STRIDE, PAGE_SIZE, BLOCK_N
         )
@@ -264,7 +265,7 @@ def decode(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink, pa
         min(block_table.shape[1] * page_size, 2**30), config.num_splits, q.stride(0), q.stride(1), q.stride(2),
         kv_cache.stride(0), ROW_STRIDE=kv_cache.stride(1), PAGE_SIZE=page_size, BLOCK_H=config.block_h,
         BLOCK_N=config.block_n, CAUSAL=causal and s_q > 1, SINK=sink is not None and not split, SPLIT=split, **widths,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         _combine[(b * s_q * h_q,)](

@@ -40,13 +40,14 @@ class Problem:
 @dataclass(frozen=True)
 class Config:
     """`block_h`: query rows (queries times heads) and `block_n`: cached tokens of a tile; `num_splits`: parts of a
-    sequence, each a program of its own."""
+    sequence, each a program of its own; `hoist`: whether the compiler may move work out of the loop over tokens."""
 
     block_h: int
     block_n: int
     num_warps: int
     num_stages: int
     num_splits: int
+    hoist: bool
     native_fp8: bool
 
 
@@ -70,15 +71,17 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
     }
 
 
-_TILES = {  # block_h, block_n, num_warps, num_stages, architectures whose machine code is known to be good
+_EVERY = (80, 89, 90, 100)
+_TILES = {  # block_h, block_n, num_warps, num_stages, hoist, architectures on which it does not spill
     "16 bit": (
-        (16, 32, 4, 2, (80, 89, 90, 100)),
-        (32, 32, 8, 2, (80, 89, 90, 100)),
-        (64, 32, 8, 2, (80,)),
-        (64, 32, 8, 3, (90,)),
+        (16, 32, 4, 3, True, _EVERY),
+        (32, 32, 8, 3, True, _EVERY),
+        # two warpgroups, whose accumulators leave no registers for what the compiler would hoist
+        (64, 32, 8, 3, False, (90,)),
+        (64, 64, 8, 2, False, (90,)),
     ),
-    "fp8": ((16, 32, 8, 2, (80, 89, 90, 100)),),
-    "fp32": ((16, 16, 8, 1, (80, 89, 90, 100)),),
+    "fp8": ((16, 16, 4, 2, True, (80,)), (16, 32, 8, 3, True, (89, 90, 100))),
+    "fp32": ((16, 16, 8, 1, True, _EVERY),),
 }
 _SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 _TOKENS_PER_SPLIT = 128  # fewer are not worth a program and its share of the merge
@@ -91,7 +94,7 @@ _MMA_EFFICIENCY = {16: 0.25, 32: 0.4, 64: 0.6}  # of the peak rate, by block_h
 
 def shared_memory(c: Config, p: Problem, arch: int) -> int:
     """Bytes a program holds, as read from the compiler's output; FP8 takes less."""
-    queries = c.block_h * p.query_bytes
+    queries = c.block_h * p.query_bytes + 1024  # and room for reductions
     tile = c.block_n * p.query_bytes
     if arch == 90 and c.block_h >= 64:  # wgmma keeps the weights in registers and reads every stage from shared memory
         return queries + c.num_stages * tile
@@ -100,10 +103,10 @@ def shared_memory(c: Config, p: Problem, arch: int) -> int:
 
 def candidates(p: Problem, device: DeviceSpec) -> Iterator[Config]:
     kind = "fp32" if p.dtype == "float32" else "fp8" if p.fp8_cache else "16 bit"
-    for block_h, block_n, warps, stages, archs in _TILES[kind]:
+    for *tile, hoist, archs in _TILES[kind]:
         if device.kind == "cpu" or _family(device.arch) in archs:
             for splits in _SPLITS:
-                config = Config(block_h, block_n, warps, stages, splits, device.arch >= 89)
+                config = Config(*tile, splits, hoist, device.arch >= 89)
                 if not is_legal(config, p, device):
                     yield config
 
@@ -119,6 +122,8 @@ def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
         return f"{c.num_splits} splits of {p.s_kv} tokens"
     if c.block_h > 16 and c.block_h >= 2 * p.s_q * p.h_q:
         return f"half of {c.block_h} rows and more would be padding"
+    if c.block_n > 32 and p.page_size % c.block_n:
+        return f"tiles of {c.block_n} tokens need pages of a multiple of that, these have {p.page_size}"
     needed = shared_memory(c, p, device.arch)
     if device.kind != "cpu" and needed > device.shared_memory:
         return f"needs {needed} bytes of shared memory, the device has {device.shared_memory}"
@@ -148,4 +153,4 @@ def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
     """Only the Triton kernel has a choice of tile."""
     if backend != "triton":
         return None
-    return min(candidates(p, device), key=lambda c: (cost(c, p, device), c.num_splits, -c.block_h))
+    return min(candidates(p, device), key=lambda c: (cost(c, p, device), c.num_splits, -c.block_h, -c.block_n))
