@@ -19,7 +19,10 @@ constexpr float kEpsilon = 1e-20f;
 inline float minus_infinity() { return as_float(0xFF800000); }
 
 // NaN counts as -inf, +inf as the largest finite number.
-inline float tame(float x) { return x != x ? minus_infinity() : x > kLargest ? kLargest : x; }
+inline Vec tame(Vec x) {
+  const Vec low = splat(minus_infinity());
+  return where_less(low, x, min(x, splat(kLargest)), low);
+}
 
 // ln(1 + e^x); log is libm's: this score is rare and E is small.
 inline float softplus(float x) { return x > 20.f ? x : std::log1p(std::exp(x)); }
@@ -37,10 +40,7 @@ void scores_of(Score score, float* x, int64_t n) {
       // e^-|x| never overflows; for x < 0 the sigmoid is e^x / (1 + e^x)
       const Vec e = exp(zero() - abs(v));
       const Vec s = one / (one + e);
-      alignas(64) float sign[kLanes], positive[kLanes], negative[kLanes];
-      store(sign, v), store(positive, s), store(negative, e * s);
-      for (int l = 0; l < kLanes; ++l) positive[l] = sign[l] < 0.f ? negative[l] : positive[l];
-      store(x + i, load(positive));
+      store(x + i, where_less(v, zero(), e * s, s));
     }
     return;
   }
@@ -76,10 +76,36 @@ struct Chosen {  // descending; `count` of `top_k` so far
 
 void scan(const float* selection, int64_t begin, int64_t end, Chosen& chosen) {
   for (int64_t i = begin; i < end; i += kLanes) {
-    if (i + kLanes <= end && !(largest(load(selection + i)) > chosen.threshold())) continue;
+    if (i + kLanes <= end && !any_greater(load(selection + i), splat(chosen.threshold()))) continue;
     for (int64_t e = i; e < end && e < i + kLanes; ++e) {
       if (selection[e] > chosen.threshold()) chosen.insert(selection[e], e);
     }
+  }
+}
+
+// The largest and the second largest of x [n], which differ in place, not always in value.
+void top_two(const float* x, int64_t n, float& first, float& second) {
+  Vec f = splat(minus_infinity()), s = f;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = load(x + i);
+    s = max(s, min(f, v));
+    f = max(f, v);
+  }
+  const auto fold = [&](Vec other_f, Vec other_s) {
+    s = max(min(f, other_f), max(s, other_s));
+    f = max(f, other_f);
+  };
+  if constexpr (kLanes == 16) fold(exchange<8>(f), exchange<8>(s));
+  fold(exchange<4>(f), exchange<4>(s));
+  fold(exchange<2>(f), exchange<2>(s));
+  fold(exchange<1>(f), exchange<1>(s));
+  alignas(64) float lane[kLanes];
+  store(lane, f), first = lane[0];
+  store(lane, s), second = lane[0];
+  for (; i < n; ++i) {
+    second = x[i] > first ? first : x[i] > second ? x[i] : second;
+    first = x[i] > first ? x[i] : first;
   }
 }
 
@@ -94,16 +120,23 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
   const int64_t experts = p.num_experts, per_group = experts / p.num_groups;
   float *scores = scratch, *selection = scratch + experts + 16, *group_score = scratch + 2 * (experts + 16);
   const char* row = static_cast<const char*>(p.logits) + t * p.ld_logits * (kDtype == Dtype::kFp32 ? 4 : 2);
+  const Vec low = splat(minus_infinity());
   for (int64_t e = 0; e < experts; e += kLanes) {
-    const int count = int(experts - e < kLanes ? experts - e : kLanes);
-    store(scores + e, load_part<kDtype>(row + e * (kDtype == Dtype::kFp32 ? 4 : 2), count));
+    const int64_t count = experts - e;
+    const char* from = row + e * (kDtype == Dtype::kFp32 ? 4 : 2);
+    const Vec x = tame(count >= kLanes ? load_as<kDtype>(from) : load_part<kDtype>(from, int(count)));
+    store(selection + e, x);
+    store(scores + e, x);
   }
-  for (int64_t e = 0; e < experts; ++e) selection[e] = scores[e] = tame(scores[e]);
   for (int64_t e = experts; e < experts + 16; ++e) scores[e] = minus_infinity();
   scores_of(p.score, scores, experts);
-  for (int64_t e = 0; e < experts; ++e) {
-    const float biased = p.bias == nullptr ? scores[e] : scores[e] + p.bias[e];
-    selection[e] = selection[e] == minus_infinity() ? minus_infinity() : tame(biased);
+  for (int64_t e = 0; e < experts; e += kLanes) {  // both rows have room for a whole last register
+    const int64_t count = experts - e;
+    Vec biased = load(scores + e);
+    if (p.bias != nullptr) {
+      biased = biased + (count >= kLanes ? load(p.bias + e) : load_part<Dtype::kFp32>(p.bias + e, int(count)));
+    }
+    store(selection + e, where_less(low, load(selection + e), tame(biased), low));
   }
 
   float best[64];
@@ -112,12 +145,8 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
   const bool grouped = p.topk_groups < p.num_groups;
   if (grouped) {
     for (int g = 0; g < p.num_groups; ++g) {
-      float first = minus_infinity(), second = minus_infinity();
-      for (int64_t e = g * per_group; e < (g + 1) * per_group; ++e) {
-        const float v = selection[e];
-        second = v > first ? first : v > second ? v : second;
-        first = v > first ? v : first;
-      }
+      float first, second;
+      top_two(selection + g * per_group, per_group, first, second);
       group_score[g] = p.bias != nullptr && second > minus_infinity() ? first + second : first;
     }
   }

@@ -130,6 +130,19 @@ inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEARES
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
+// a < b ? x : y in each lane
+inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+// Lane i takes lane i ^ kDistance.
+template <int kDistance>
+inline Vec exchange(Vec a) {
+  if constexpr (kDistance == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4E)};
+  if constexpr (kDistance == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xB1)};
+  if constexpr (kDistance == 2) return {_mm512_permute_ps(a.v, 0x4E)};
+  if constexpr (kDistance == 1) return {_mm512_permute_ps(a.v, 0xB1)};
+}
 // 2^n for integral n in [-126, 127]
 inline Vec exp2_integer(Vec n) {
   return {
@@ -187,6 +200,16 @@ inline float largest(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 inline bool any_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }
+inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0; }
+template <int kDistance>
+inline Vec exchange(Vec a) {
+  if constexpr (kDistance == 4) return {_mm256_permute2f128_ps(a.v, a.v, 1)};
+  if constexpr (kDistance == 2) return {_mm256_permute_ps(a.v, 0x4E)};
+  if constexpr (kDistance == 1) return {_mm256_permute_ps(a.v, 0xB1)};
+}
 inline Vec exp2_integer(Vec n) {
   return {
       _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
@@ -279,6 +302,20 @@ inline bool any_nan(Vec a) {
   bool nan = false;
   for (float f : a.v) nan |= f != f;
   return nan;
+}
+inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
+  Vec r;
+  DSK_EACH(a.v[i] < b.v[i] ? x.v[i] : y.v[i]);
+}
+inline bool any_greater(Vec a, Vec b) {
+  bool any = false;
+  for (int i = 0; i < kLanes; ++i) any |= a.v[i] > b.v[i];
+  return any;
+}
+template <int kDistance>
+inline Vec exchange(Vec a) {
+  Vec r;
+  DSK_EACH(a.v[i ^ kDistance]);
 }
 inline Vec exp2_integer(Vec n) {
   Vec r;
