@@ -85,9 +85,10 @@ def _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SI
     head = row % h_q
     seen = mass != 0.0  # NaN is seen
     row_lse = tl.where(seen, (top + tl.log2(mass)) / _LOG2_E, float("-inf"))
-    factor = tl.where(seen, 1.0 / mass, 0.0)
+    factor = 1.0 / mass
     if SINK:
         factor *= tl.sigmoid(row_lse - tl.load(sink + head, mask=inside, other=0.0))
+    factor = tl.where(seen, factor, 0.0)
     if SPLIT:
         first = (sequence * num_splits + split) * num_rows
         tl.store(lse + first + row, row_lse, mask=inside)
@@ -240,7 +241,8 @@ def _combine(
         weight_total, weight_part, total_lse = merge_weights(total_lse, tl.load(part_lse + at + tl.arange(0, 1)))
         total = total * weight_total + weighted(weight_part, value)
     if SINK:
-        total = weighted(tl.sigmoid(total_lse - tl.load(sink + head)), total)
+        share = tl.sigmoid(total_lse - tl.load(sink + head))
+        total *= tl.where(total_lse == float("-inf"), 0.0, share)
     tl.store(out + (sequence * num_rows + row) * D + column, narrow(total, out.dtype.element_ty))
     tl.store(lse + sequence * num_rows + head * s_q + query + tl.arange(0, 1), total_lse)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..device import DeviceSpec
+from ..shapes import ceil_div
 from .backend import Environment, cpu_reason, triton_reason
 
 
@@ -44,9 +45,8 @@ def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
 
 
 def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
-    """Waves of programs, each as long as the rows of one warp; ties go to fewer, larger programs."""
-    resident = device.num_sms * (64 // c.num_warps)
-    return -(-p.num_rows // (c.rows * resident)) * c.rows / c.num_warps
+    """Warps that the busiest SM runs, and a quarter of one to start each program."""
+    return ceil_div(ceil_div(p.num_rows, c.rows), device.num_sms) * (c.num_warps + 0.25)
 
 
 def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:

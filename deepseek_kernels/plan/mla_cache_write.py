@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..device import DeviceSpec
+from ..shapes import ceil_div
 from .backend import Environment, cpu_reason, triton_reason
 
 
@@ -60,10 +61,9 @@ def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
 
 
 def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
-    """Waves of programs, and what starting a program costs, in the time one warp takes for its rows."""
-    resident = device.num_sms * min(32, 64 // c.num_warps)
-    programs = -(-p.num_rows // c.rows)
-    return -(-programs // resident) * (1 + 0.25 / c.num_warps)
+    """Warps that the busiest SM runs, and a quarter of one to start each program."""
+    programs = ceil_div(p.num_rows, c.rows)
+    return ceil_div(programs, device.num_sms) * (c.num_warps + 0.25)
 
 
 def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
