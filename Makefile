@@ -32,5 +32,6 @@ lint: install
 	$(CXX_FILES) | xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
-gpu: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/gpu.sh
+# Uses the python on PATH: a machine with a GPU has its own torch, and may have no network.
+gpu:
+	scripts/gpu.sh
