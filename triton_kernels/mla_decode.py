@@ -84,6 +84,7 @@ def _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SI
     inside = row < num_rows
     head = row % h_q
     seen = mass != 0.0  # NaN is seen
+    mass = tl.where(seen, mass, 1.0)
     row_lse = tl.where(seen, (top + tl.log2(mass)) / _LOG2_E, float("-inf"))
     factor = 1.0 / mass
     if SINK:
