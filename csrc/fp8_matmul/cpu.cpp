@@ -26,22 +26,19 @@ void fp8_matmul(const Fp8MatmulCpuParams& p, int threads) {
     }
   });
   float* scratch = p.workspace + p.m * width;
-  with_dtype(p.out_dtype, [&](auto tag) {
-    const E4m3Weight weight{p.b, p.scale_b, p.ldb, p.scale_b_stride_n, p.scale_b_stride_k};
-    const int64_t tiles = (p.n + kTileN - 1) / kTileN;
-    parallel_runs(tiles, 4, threads, [&](int64_t begin, int64_t end, int thread) {
-      const float* rows[kMaxRows];
-      const int64_t last = end * kTileN < p.n ? end * kTileN : p.n;
-      for (int64_t first = 0; first < p.m; first += kMaxRows) {
-        const int count = int(p.m - first < kMaxRows ? p.m - first : kMaxRows);
-        for (int i = 0; i < count; ++i) rows[i] = p.workspace + (first + i) * width;
-        float* mine = scratch + thread * rows_matmul_scratch(p.m);
-        rows_matmul(rows, count, weight, begin * kTileN, last, p.k, mine, [&](int i, int64_t j, float value) {
-          put<decltype(tag)::kDtype>(p.d, (first + i) * p.ldd + j, p.bias == nullptr ? value : value + p.bias[j],
-                                     p.accumulate);
-        });
-      }
-    });
+  const E4m3Weight weight{p.b, p.scale_b, p.ldb, p.scale_b_stride_n, p.scale_b_stride_k};
+  const int64_t tiles = (p.n + kTileN - 1) / kTileN;
+  parallel_runs(tiles, 4, threads, [&](int64_t begin, int64_t end, int thread) {
+    const float* rows[kMaxRows];
+    const int64_t last = end * kTileN < p.n ? end * kTileN : p.n;
+    for (int64_t first = 0; first < p.m; first += kMaxRows) {
+      const int count = int(p.m - first < kMaxRows ? p.m - first : kMaxRows);
+      for (int i = 0; i < count; ++i) rows[i] = p.workspace + (first + i) * width;
+      float* mine = scratch + thread * rows_matmul_scratch(p.m);
+      rows_matmul(rows, count, weight, begin * kTileN, last, p.k, mine, [&](int i, int64_t j, float value) {
+        put(p.out_dtype, p.d, (first + i) * p.ldd + j, p.bias == nullptr ? value : value + p.bias[j], p.accumulate);
+      });
+    }
   });
 }
 

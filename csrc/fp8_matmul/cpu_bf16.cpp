@@ -21,22 +21,20 @@ void fp8_matmul(const Fp8MatmulCpuParams& p, int threads) {
   float* scratch = p.workspace + p.m * (width / 2);
   const E4m3Rows rows{p.b, p.scale_b, p.ldb, p.scale_b_stride_n, p.scale_b_stride_k, p.scale_a_stride_k, p.k};
   const int64_t tiles = (p.n + kRowsN - 1) / kRowsN;
-  with_dtype(p.out_dtype, [&](auto tag) {
-    parallel_runs(tiles, 4, threads, [&](int64_t begin, int64_t end, int thread) {
-      DotRow a[kMaxRows];
-      const int64_t last = end * kRowsN < p.n ? end * kRowsN : p.n;
-      for (int64_t first = 0; first < p.m; first += kMaxRows) {
-        const int count = int(p.m - first < kMaxRows ? p.m - first : kMaxRows);
-        for (int i = 0; i < count; ++i) {
-          a[i] = {values + (first + i) * width, p.scale_a + (first + i) * p.scale_a_stride_m};
-        }
-        dot_rows(rows, a, count, begin * kRowsN, last, scratch + thread * dot_scratch(p.m),
-                 [&](int i, int64_t j, float value) {
-                   put<decltype(tag)::kDtype>(p.d, (first + i) * p.ldd + j,
-                                              p.bias == nullptr ? value : value + p.bias[j], p.accumulate);
-                 });
+  parallel_runs(tiles, 4, threads, [&](int64_t begin, int64_t end, int thread) {
+    DotRow a[kMaxRows];
+    const int64_t last = end * kRowsN < p.n ? end * kRowsN : p.n;
+    for (int64_t first = 0; first < p.m; first += kMaxRows) {
+      const int count = int(p.m - first < kMaxRows ? p.m - first : kMaxRows);
+      for (int i = 0; i < count; ++i) {
+        a[i] = {values + (first + i) * width, p.scale_a + (first + i) * p.scale_a_stride_m};
       }
-    });
+      dot_rows(rows, a, count, begin * kRowsN, last, scratch + thread * dot_scratch(p.m),
+               [&](int i, int64_t j, float value) {
+                 put(p.out_dtype, p.d, (first + i) * p.ldd + j, p.bias == nullptr ? value : value + p.bias[j],
+                     p.accumulate);
+               });
+    }
   });
 }
 

@@ -39,7 +39,8 @@ void grouped_matmul(const GroupedMatmulCpuParams& p, int threads) {
     }
   });
 
-  float* scratch = p.workspace + p.num_tokens * width;
+  std::memset(p.workspace + p.num_tokens * width, 0, size_t(width) * 4);  // the row of those without an entry
+  float* scratch = p.workspace + (p.num_tokens + 1) * width;
   float* rest = scratch + threads * rows_matmul_scratch(p.num_rows);
   if ((rest - p.workspace) % 2 != 0) ++rest;  // the pointers are 8 bytes
   const float** rows = reinterpret_cast<const float**>(rest);
@@ -47,15 +48,12 @@ void grouped_matmul(const GroupedMatmulCpuParams& p, int threads) {
   for (int64_t r = groups.first(); r < groups.rows; ++r) rows[r] = p.workspace + source_row(p, r) * width;
 
   const auto run = [&](const auto& make_weight) {
-    for_each_tile(p, groups, kTileN, threads,
-                  [&](int64_t row, int count, int32_t e, int64_t begin, int64_t end, int t) {
-                    with_dtype(p.out_dtype, [&](auto tag) {
-                      rows_matmul(rows + row, count, make_weight(e), begin, end, p.k,
-                                  scratch + t * rows_matmul_scratch(p.num_rows), [&](int i, int64_t j, float value) {
-                                    put<decltype(tag)::kDtype>(p.d, (row + i) * p.ldd + j, value, false);
-                                  });
-                    });
-                  });
+    for_each_tile(
+        p, groups, kTileN, threads, [&](int64_t row, int count, int32_t e, int64_t begin, int64_t end, int t) {
+          rows_matmul(
+              rows + row, count, make_weight(e), begin, end, p.k, scratch + t * rows_matmul_scratch(p.num_rows),
+              [&](int i, int64_t j, float value) { put(p.out_dtype, p.d, (row + i) * p.ldd + j, value, false); });
+        });
   };
   if (fp8) {
     run([&](int64_t e) {

@@ -13,7 +13,8 @@ struct GroupedMatmulCpuParams {
   const void* b;                     // [num_experts, n, k], last stride 1
   const float* scale_b;              // [num_experts, ceil(n / 128), ceil(k / 128)]; nullptr for floats
   const int32_t* expert_offsets;     // [num_experts + 1]
-  const int32_t* pos_to_token_topk;  // [num_rows]: row r is token entry / top_k of a; nullptr: row r of a
+  const int32_t* pos_to_token_topk;  // [num_rows]: row r is token entry / top_k of a; nullptr: row r of a;
+                                     // a row whose entry does not exist is zero
   void* d;                           // [num_rows, n] of out_dtype; rows of no expert become zero
   float* workspace;                  // grouped_matmul_workspace floats
   int64_t num_tokens, num_rows, n, k, num_experts;
@@ -23,10 +24,11 @@ struct GroupedMatmulCpuParams {
   Dtype dtype, out_dtype;
 };
 
-// Floats of workspace, enough for every instruction set: a in fp32, the scratch of each thread, the row pointers.
+// Floats of workspace, enough for every instruction set: a and a row of zeros in fp32, the scratch of each thread,
+// the row pointers.
 inline int64_t grouped_matmul_workspace(int64_t num_tokens, int64_t num_rows, int64_t k, int64_t num_experts,
                                         int threads) {
-  const int64_t rows = num_tokens * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (num_rows + 6) * 16 * 16;
+  const int64_t rows = (num_tokens + 1) * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (num_rows + 6) * 16 * 16;
   return rows + threads * per_thread + 4 * num_rows + 2 * (num_experts + 2);
 }
 

@@ -24,26 +24,23 @@ void grouped_matmul(const GroupedMatmulCpuParams& p, int threads) {
       }
     }
   });
-  float* scratch = p.workspace + p.num_tokens * (width / 2);
+  std::memset(values + p.num_tokens * width, 0, size_t(width) * 2);  // the row of those without an entry
+  float* scratch = p.workspace + (p.num_tokens + 1) * (width / 2);
   float* rest = scratch + threads * dot_scratch(p.num_rows);
   if ((rest - p.workspace) % 2 != 0) ++rest;  // the pointers are 8 bytes
   DotRow* rows = reinterpret_cast<DotRow*>(rest);
   const Groups groups = find_groups(p, reinterpret_cast<int32_t*>(rest + 4 * p.num_rows));
   for (int64_t r = groups.first(); r < groups.rows; ++r) {
     const int64_t token = source_row(p, r);
-    rows[r] = {values + token * width, fp8 ? p.scale_a + token * p.scale_a_stride_m : nullptr};
+    rows[r] = {values + token * width, fp8 && token < p.num_tokens ? p.scale_a + token * p.scale_a_stride_m : nullptr};
   }
 
   const auto run = [&](const auto& make_rows) {
-    for_each_tile(p, groups, kRowsN, threads,
-                  [&](int64_t row, int count, int32_t e, int64_t begin, int64_t end, int t) {
-                    with_dtype(p.out_dtype, [&](auto tag) {
-                      dot_rows(make_rows(e), rows + row, count, begin, end, scratch + t * dot_scratch(p.num_rows),
-                               [&](int i, int64_t j, float value) {
-                                 put<decltype(tag)::kDtype>(p.d, (row + i) * p.ldd + j, value, false);
-                               });
-                    });
-                  });
+    for_each_tile(
+        p, groups, kRowsN, threads, [&](int64_t row, int count, int32_t e, int64_t begin, int64_t end, int t) {
+          dot_rows(make_rows(e), rows + row, count, begin, end, scratch + t * dot_scratch(p.num_rows),
+                   [&](int i, int64_t j, float value) { put(p.out_dtype, p.d, (row + i) * p.ldd + j, value, false); });
+        });
   };
   if (fp8) {
     run([&](int64_t e) {

@@ -45,9 +45,11 @@ inline Groups find_groups(const GroupedMatmulCpuParams& p, int32_t* storage) {
   return groups;
 }
 
-// The row of a that row r of d comes from.
+// The row of a that row r of d comes from; num_tokens where its entry does not exist.
 inline int64_t source_row(const GroupedMatmulCpuParams& p, int64_t r) {
-  return p.pos_to_token_topk == nullptr ? r : int64_t(p.pos_to_token_topk[r]) / p.top_k;
+  if (p.pos_to_token_topk == nullptr) return r;
+  const int64_t entry = p.pos_to_token_topk[r];
+  return entry >= 0 && entry < p.num_tokens * p.top_k ? entry / p.top_k : p.num_tokens;
 }
 
 // body(first row, rows, expert, first column, last column, thread): the busy experts times the tiles of n, cut into one

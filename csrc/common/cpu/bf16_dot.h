@@ -75,7 +75,7 @@ inline void decode_row(const uint8_t* from, int64_t k, uint16_t* to) {
   }
 }
 
-struct DotRow {  // of a: bf16 [padded_columns(k)], and the scale of each 128 columns (nullptr: ones)
+struct DotRow {  // of a: bf16 [padded_columns(k)], and the scale of each 128 columns (nullptr: none, or a row of zeros)
   const uint16_t* value;
   const float* scale;
 };
@@ -88,7 +88,9 @@ struct E4m3Rows {
   static constexpr bool kDecoded = true;
 
   float scale(const DotRow& a, int64_t j, int64_t block) const {
-    return a.scale[block * scale_a_stride_k] * scale_b[j / kBlockColumns * scale_stride_n + block * scale_stride_k];
+    return a.scale == nullptr ? 0.f
+                              : a.scale[block * scale_a_stride_k] *
+                                    scale_b[j / kBlockColumns * scale_stride_n + block * scale_stride_k];
   }
   void load(const E4m3Decoder& decode, int64_t j, int64_t c, __m512i (&out)[2]) const {
     const uint8_t* p = b + j * ldb + c;
