@@ -76,8 +76,10 @@ struct Chosen {  // descending; `count` of `top_k` so far
 
 void scan(const float* selection, int64_t begin, int64_t end, Chosen& chosen) {
   for (int64_t i = begin; i < end; i += kLanes) {
-    if (i + kLanes <= end && !any_greater(load(selection + i), splat(chosen.threshold()))) continue;
-    for (int64_t e = i; e < end && e < i + kLanes; ++e) {
+    uint32_t candidates = greater(load(selection + i), splat(chosen.threshold()));
+    if (end - i < kLanes) candidates &= (1u << (end - i)) - 1;
+    for (; candidates != 0; candidates &= candidates - 1) {
+      const int64_t e = i + __builtin_ctz(candidates);
       if (selection[e] > chosen.threshold()) chosen.insert(selection[e], e);
     }
   }

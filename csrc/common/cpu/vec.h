@@ -134,7 +134,8 @@ inline bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) !
 inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
 }
-inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+// One bit for each lane with a > b.
+inline uint32_t greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 // Lane i takes lane i ^ kDistance.
 template <int kDistance>
 inline Vec exchange(Vec a) {
@@ -203,7 +204,7 @@ inline bool any_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _
 inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
-inline bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0; }
+inline uint32_t greater(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))); }
 template <int kDistance>
 inline Vec exchange(Vec a) {
   if constexpr (kDistance == 4) return {_mm256_permute2f128_ps(a.v, a.v, 1)};
@@ -307,10 +308,10 @@ inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
   Vec r;
   DSK_EACH(a.v[i] < b.v[i] ? x.v[i] : y.v[i]);
 }
-inline bool any_greater(Vec a, Vec b) {
-  bool any = false;
-  for (int i = 0; i < kLanes; ++i) any |= a.v[i] > b.v[i];
-  return any;
+inline uint32_t greater(Vec a, Vec b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(a.v[i] > b.v[i]) << i;
+  return bits;
 }
 template <int kDistance>
 inline Vec exchange(Vec a) {
