@@ -1,0 +1,354 @@
+"""The CPU kernels on every instruction set: values, memory, threads, forks, and processors that are not this one."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepseek_kernels
+from deepseek_kernels.ops import _extension
+from deepseek_kernels.testing.compare import ATTENTION, assert_close, assert_same_bits
+
+ROOT = Path(__file__).parents[1]
+SETS = ("base", "avx2", "avx512", "avx512_bf16")
+VARIABLE = "DEEPSEEK_KERNELS_CPU_ISA"
+
+sys.path.insert(0, str(ROOT))
+try:
+    from build_backend import extension, toolchain
+finally:
+    sys.path.pop(0)
+
+if not _extension.environment().cpu_ops:
+    pytest.skip("this installation has no compiled kernels", allow_module_level=True)
+
+
+def run(command: list, *, isa: str | None = None, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+    environ = {k: v for k, v in os.environ.items() if k != VARIABLE} | ({VARIABLE: isa} if isa else {})
+    return subprocess.run(command, env=environ, capture_output=True, timeout=timeout, cwd=ROOT, **options)
+
+
+def python(code: str, **options) -> str:
+    """What `code` prints, in a fresh process."""
+    result = run([sys.executable, "-c", code], text=True, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+# ---- instruction sets ----
+
+
+@functools.cache
+def refusal(isa: str) -> str:
+    """Why this processor cannot run the set; empty where it can."""
+    result = run([sys.executable, "-c", "import deepseek_kernels._C as c; print(c.cpu.isa())"], isa=isa, text=True)
+    assert result.returncode in (0, 1), f"{isa} crashed"
+    assert result.returncode or result.stdout.strip() == isa
+    return result.stderr.strip().splitlines()[-1] if result.returncode else ""
+
+
+def need(isa: str) -> None:
+    if refusal(isa):
+        pytest.skip(refusal(isa))
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_contract_on(isa):
+    need(isa)
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/test_contract.py"]
+    result = run([*command, "-k", "test_sample and cpu and not gpu"], isa=isa, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100
+
+
+def test_an_unknown_set_is_refused():
+    assert "wanted base, avx2, avx512 or avx512_bf16, got nonsense" in refusal("nonsense")
+
+
+# ---- the driver: every kernel without Python ----
+
+
+class Driver:
+    """tests/cpu_driver with the flags of the real build but for the optimisation. Rebuilt where something changed."""
+
+    def __init__(self, name: str, compile_flags: str, link_flags: str):
+        ninja = pytest.importorskip("ninja")
+        self.cxx = toolchain.host_compiler()
+        if self.cxx is None or sys.platform != "linux":
+            pytest.skip("needs a C++ compiler on Linux")
+        self.folder = Path("build", "cpu_driver", name)
+        self.program = ROOT / self.folder / "driver"
+        self.kernels: list[Path] = []  # objects that only some processors may run
+        (ROOT / self.folder).mkdir(parents=True, exist_ok=True)
+        with extension._lock(ROOT / self.folder / "lock"):
+            file = self.folder / "build.ninja"
+            extension._write_if_changed(ROOT / file, self._ninja_file(compile_flags, link_flags))
+            jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+            command = [Path(ninja.BIN_DIR, "ninja"), "-f", file, "-j", jobs]
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-5000:]
+
+    def _ninja_file(self, compile_flags: str, link_flags: str) -> str:
+        openmp = "-fopenmp" if extension._has_openmp(self.cxx) else ""
+        objects = []
+        lines = [
+            f"builddir = {self.folder}",
+            f"cxx = {shlex.quote(self.cxx)}",
+            "rule cxx\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = $cxx {openmp} {link_flags} $in -o $out",
+        ]
+
+        def compile(source: str, note: str, flags: str) -> None:
+            objects.append(self.folder / f"{source.replace('/', '-')}-{note}.o")
+            flags = re.sub(r"-O3|-isystem \S+", "", flags)
+            lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags} -Icsrc {openmp} {compile_flags}")
+            if note:
+                self.kernels.append(ROOT / objects[-1])
+
+        real = extension.ninja_file(ROOT, Path("build"), Path("unused"), self.cxx, False, [], bool(openmp))
+        flags_of = {}
+        for source, flags, note in re.findall(r"cxx (csrc/\S+/\S*\.cpp) .*\n  flags = (.*)\n  note = ?(.*)", real):
+            compile(source, note, flags)
+            flags_of[note] = flags
+        for source in sorted((ROOT / "tests/cpu_driver").glob("*.cpp")):
+            for note in extension.isa_flags(platform.machine()) if source.name == "convert.cpp" else [""]:
+                compile(source.relative_to(ROOT).as_posix(), note, flags_of[note] if note else "-std=c++20")
+        program = self.folder / "driver"
+        return "\n".join([*lines, f"build {program}: link {' '.join(map(str, objects))}", f"default {program}", ""])
+
+    def convert(self, isa: str, function: str, values: torch.Tensor, dtype: torch.dtype, *scalar: str) -> torch.Tensor:
+        command = [self.program, "convert", function, *scalar]
+        result = run(command, isa=isa, input=values.contiguous().view(torch.uint8).numpy().tobytes())
+        assert result.returncode == 0, result.stdout
+        return torch.frombuffer(bytearray(result.stdout), dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def driver():
+    """Linked statically, to run under an emulator."""
+    return Driver("plain", "-O1", "-static")
+
+
+@pytest.fixture(scope="module")
+def sanitized():
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    return Driver("sanitized", f"-g1 {flags}", flags)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_kernels_stay_inside_their_memory(sanitized, isa):
+    """Exact-size buffers, ragged shapes, one and three threads, values against plain loops."""
+    need(isa)
+    result = run([sanitized.program], isa=isa, text=True)
+    assert (result.returncode, result.stdout) == (0, f"{isa}\n"), result.stdout + result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("processor", "isa"), [("Nehalem", "base"), ("Haswell", "avx2")])
+def test_kernels_on_older_processors(driver, processor, isa):
+    """No instruction that the processor lacks, and the right choice."""
+    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if emulator is None or platform.machine() != "x86_64":
+        pytest.skip("needs qemu-x86_64-static (Debian: qemu-user-static)")
+    result = run([emulator, "-cpu", processor, driver.program], text=True)
+    assert (result.returncode, result.stdout) == (0, f"{isa}\n"), result.stdout + result.stderr
+    result = run([emulator, "-cpu", processor, driver.program], isa="avx512", text=True)
+    assert result.returncode == 1
+    assert f"DEEPSEEK_KERNELS_CPU_ISA=avx512 on a processor that has {isa}" in result.stdout
+
+
+def test_kernels_on_this_processor(driver):
+    result = run([driver.program], text=True)
+    assert (result.returncode, result.stdout) == (
+        0,
+        python("from deepseek_kernels import _C; print(_C.cpu.isa())") + "\n",
+    )
+
+
+def test_no_set_lends_code_to_another(driver):
+    """A function the linker may take from any object (a template, an inline one) would bring AVX-512 to everybody."""
+    names = subprocess.run(["nm", "-C", "--defined-only", *driver.kernels], capture_output=True, text=True, check=True)
+    assert len(driver.kernels) > 20
+    shared = [line for line in names.stdout.splitlines() if re.search(r" [VWu] (?!DW\.ref\.)", line)]
+    assert not shared, shared
+
+
+# ---- number formats ----
+
+
+def every_rounding() -> torch.Tensor:
+    """fp32: every upper half, with lower halves at, around and between the middles of two bf16, fp16 and e4m3."""
+    low = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (torch.arange(2**16)[:, None] << 16) + low
+    return bits.to(torch.int64).flatten().to(torch.uint32).view(torch.float32)
+
+
+@pytest.mark.parametrize("scalar", [(), ("scalar",)], ids=["register", "scalar"])
+@pytest.mark.parametrize("isa", SETS[:3])
+def test_formats_are_those_of_torch(driver, isa, scalar):
+    need(isa)
+    for name, dtype, code in [
+        ("e4m3", torch.float8_e4m3fn, torch.uint8),
+        ("fp16", torch.float16, torch.int16),
+        ("bf16", torch.bfloat16, torch.int16),
+    ]:
+        codes = torch.arange(2 ** (8 * dtype.itemsize)).to(code).view(dtype)
+        decoded = driver.convert(isa, f"from_{name}", codes.view(code), torch.float32, *scalar)
+        assert_same_bits(decoded, codes.float(), f"every {name}")
+
+        values = every_rounding()
+        expected = (values.clamp(-448, 448) if name == "e4m3" else values).to(dtype)
+        encoded = driver.convert(isa, f"to_{name}", values, code, *scalar).view(dtype)
+        assert_same_bits(encoded, expected, f"fp32 to {name}")
+
+
+@pytest.mark.parametrize("isa", SETS[:3])
+def test_exp(driver, isa):
+    need(isa)
+    x = torch.linspace(-87, 88, 2**20)
+    expected = x.double().exp()
+    step = torch.exp2(torch.floor(torch.log2(expected)) - 23)
+    e = driver.convert(isa, "exp", x, torch.float32)
+    assert ((e.double() - expected).abs() / step).max() < 2
+    special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, -87.5, -1e30, float("-inf"), float("nan")] * 2)
+    expected = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, float("nan")] * 2)
+    assert_same_bits(driver.convert(isa, "exp", special, torch.float32), expected)
+
+
+# ---- threads ----
+
+
+def threaded_cases() -> dict:
+    """Calls with work for two threads."""
+    dk, g = deepseek_kernels, torch.Generator().manual_seed(0)
+    x = torch.randn(512, 640, generator=g).bfloat16()
+    experts = torch.randint(-1, 16, (4096, 4), generator=g)
+    maps, weights = dk.moe_sort(experts[:512, :2], 16), torch.rand(512, 2, generator=g)
+    b, scale_b = dk.fp8_quantize(x[:256], "128x128")
+    a, scale_a = dk.fp8_quantize(x[:9])
+    offsets = torch.tensor([0, 4, 9]).int()
+    cache, angles = torch.randn(9, 16, 576, generator=g).bfloat16(), torch.randn(32, 64, generator=g)
+    positions, slots = torch.arange(512) % 32, torch.randint(-1, 144, (512,), generator=g)  # slots named several times
+    table, lengths = torch.randint(0, 9, (3, 40), generator=g).int(), torch.tensor([600, 1, 300]).int()
+    query = torch.randn(3, 1, 16, 576, generator=g).bfloat16()
+
+    def write():
+        written = cache.clone()
+        dk.mla_cache_write(x[:, :512], x[:, 512:576], weights[:, 0].contiguous(), angles, positions, written, slots)
+        return written
+
+    return {
+        "moe_gate": lambda: dk.moe_gate(x, top_k=8),
+        "moe_sort": lambda: dk.moe_sort(experts, 16),
+        "moe_permute": lambda: dk.moe_permute(x, maps),
+        "moe_unpermute": lambda: dk.moe_unpermute(x[: maps[1].shape[0]].repeat(2, 1), maps, weights),
+        "swiglu": lambda: dk.swiglu(x),
+        "swiglu, quantised": lambda: dk.swiglu(x, quantize=True),
+        "fp8_quantize": lambda: dk.fp8_quantize(x),
+        "fp8_dequantize": lambda: dk.fp8_dequantize(b, scale_b, "128x128"),
+        "fp8_matmul": lambda: dk.fp8_matmul(a, scale_a, b, scale_b),
+        "grouped_matmul": lambda: dk.grouped_matmul(x[:9], x[:512].view(2, 256, 640), offsets),
+        "mla_cache_write": write,
+        "mla_rope": lambda: dk.mla_rope(x.view(512, 10, 64), angles, positions),
+        "merge_states": lambda: dk.merge_states(*(x.view(1, 512, 1, 640), weights[:, :1].T[None].contiguous()) * 2),
+        "mla_decode": lambda: dk.mla_decode(query, cache, table, lengths, scale=0.05),
+    }
+
+
+@pytest.mark.parametrize("name", threaded_cases())
+def test_threads_change_no_bits(name):
+    """mla_decode merges one partial result a thread: there they change the last bits."""
+
+    def outputs(threads):
+        torch.set_num_threads(threads)
+        try:
+            with deepseek_kernels.use_backend("cpu"):
+                result = threaded_cases()[name]()
+        finally:
+            torch.set_num_threads(1)
+        return [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
+
+    for one, many in zip(outputs(1), outputs(5), strict=True):
+        if name == "mla_decode":
+            assert_close(many, one, ATTENTION)
+        else:
+            assert_same_bits(many, one)
+
+
+def test_one_pool_of_threads_with_torch():
+    code = """
+import os, re, torch
+import deepseek_kernels as dk
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(1)
+x, w = torch.randn(1024, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
+alone = threads()
+dk.swiglu(x)
+assert threads() == alone, "torch.set_num_threads(1) was not honoured"
+torch.set_num_threads(2)
+torch.nn.functional.linear(x, w), torch.relu(x)
+torchs = threads()
+for _ in range(5):
+    dk.swiglu(x), torch.nn.functional.linear(x, w), torch.relu(x), dk.fp8_quantize(x)
+assert threads() == torchs, f"{threads()} threads where torch had {torchs}"
+print(len(set(re.findall(r"\\S*/lib\\w*omp\\S*\\.so\\S*", open("/proc/self/maps").read()))))
+"""
+    assert python(code) == "1"
+
+
+def test_a_forked_process_works_alone():
+    """libgomp's threads do not come along: a parallel region in the child would wait for them for ever."""
+    code = """
+import os, torch
+import deepseek_kernels as dk
+
+torch.set_num_threads(2)
+x = torch.randn(512, 1024)
+
+def quantized():
+    return dk.fp8_quantize(x)[0].view(torch.uint8).numpy().tobytes()
+
+before = quantized()
+child = os.fork()
+if child == 0:
+    os._exit(0 if quantized() == before else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), quantized() == before)
+"""
+    assert python(code, timeout=60) == "0 True"
+
+
+def test_other_python_threads_run_meanwhile():
+    page = torch.randn(1, 64, 576)
+    table, length = torch.zeros(1, 16000).int(), torch.tensor([1_024_000]).int()
+    query = torch.randn(1, 1, 16, 576)
+    deepseek_kernels.mla_decode(query, page, table[:, :1], length, scale=0.05)
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begin = time.perf_counter()
+    with deepseek_kernels.use_backend("cpu"):
+        deepseek_kernels.mla_decode(query, page, table, length, scale=0.05)
+    end = time.perf_counter()
+    stop.set()
+    thread.join()
+    # With the lock held there would be one tick, at the end of the call.
+    assert any(begin + 0.1 * (end - begin) < t < end - 0.1 * (end - begin) for t in ticks)
