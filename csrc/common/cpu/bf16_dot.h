@@ -117,14 +117,14 @@ struct Bf16Rows {
 
 // totals[i][r] += the scaled sums of rows i of a and j + r of the weight over columns [begin, end), whole blocks.
 // source(r, c, out) gives 64 columns of weight row r.
-template <int kM, int kN, class Rows, class Source>
-inline void dot_blocks(const Rows& rows, const DotRow* a, int64_t j, int64_t begin, int64_t end, const Source& source,
+template <int kM, int kN, class Source, class Scale>
+inline void dot_blocks(const DotRow* a, int64_t begin, int64_t end, const Source& source, const Scale& scale_of,
                        __m512 (&totals)[kM][kN]) {
   for (int64_t block = begin; block < end; block += kBlockColumns) {
     __m512 sums[kM][kN];
     for (auto& row : sums)
       for (__m512& v : row) v = _mm512_setzero_ps();
-    const int64_t stop = block + kBlockColumns < rows.k ? block + kBlockColumns : rows.k;
+    const int64_t stop = block + kBlockColumns < end ? block + kBlockColumns : end;
     for (int64_t c = block; c < stop; c += kStep) {
       __m512i x[kM][2];
       for (int i = 0; i < kM; ++i) {
@@ -138,7 +138,7 @@ inline void dot_blocks(const Rows& rows, const DotRow* a, int64_t j, int64_t beg
       }
     }
     for (int i = 0; i < kM; ++i) {
-      const __m512 scale = _mm512_set1_ps(rows.scale(a[i], j, block / kBlockColumns));
+      const __m512 scale = _mm512_set1_ps(scale_of(i, block));
       for (int r = 0; r < kN; ++r) totals[i][r] = _mm512_fmadd_ps(sums[i][r], scale, totals[i][r]);
     }
   }
@@ -151,7 +151,8 @@ void dot_stream(const Rows& rows, const DotRow* a, int64_t j, const Store& store
   for (auto& row : totals)
     for (__m512& v : row) v = _mm512_setzero_ps();
   dot_blocks<kM, kN>(
-      rows, a, j, 0, rows.k, [&](int r, int64_t c, __m512i(&w)[2]) { rows.load(decode, j + r, c, w); }, totals);
+      a, 0, rows.k, [&](int r, int64_t c, __m512i(&w)[2]) { rows.load(decode, j + r, c, w); },
+      [&](int i, int64_t block) { return rows.scale(a[i], j, block / kBlockColumns); }, totals);
   for (int i = 0; i < kM; ++i)
     for (int r = 0; r < kN; ++r) store(i, j + r, _mm512_reduce_add_ps(totals[i][r]));
 }
@@ -170,19 +171,21 @@ void dot_few(const Rows& rows, const DotRow* a, int m, int64_t j, const Store& s
   }
 }
 
-template <int kM, int kN, class Rows>
-void dot_tile(const Rows& rows, const DotRow* a, int64_t j, int64_t begin, int64_t end, const uint16_t* tile,
+using PanelScales = float[kRowsM][kColumns / kBlockColumns];  // of a tile's rows of a with the panel, block by block
+
+template <int kM, int kN>
+void dot_tile(const DotRow* a, int64_t begin, int64_t end, const uint16_t* tile, const PanelScales& scales,
               float* partial) {
   __m512 totals[kM][kN];
   for (int i = 0; i < kM; ++i)
     for (int r = 0; r < kN; ++r) totals[i][r] = _mm512_loadu_ps(partial + (i * kN + r) * 16);
   dot_blocks<kM, kN>(
-      rows, a, j, begin, end,
+      a, begin, end,
       [&](int r, int64_t c, __m512i(&w)[2]) {
         const uint16_t* p = tile + r * kColumns + (c - begin);
         w[0] = _mm512_loadu_si512(p), w[1] = _mm512_loadu_si512(p + 32);
       },
-      totals);
+      [&](int i, int64_t block) { return scales[i][(block - begin) / kBlockColumns]; }, totals);
   for (int i = 0; i < kM; ++i)
     for (int r = 0; r < kN; ++r) _mm512_storeu_ps(partial + (i * kN + r) * 16, totals[i][r]);
 }
@@ -191,11 +194,17 @@ void dot_tile(const Rows& rows, const DotRow* a, int64_t j, int64_t begin, int64
 template <int kM, class Rows>
 void dot_panel(const Rows& rows, const DotRow* a, int64_t j, int64_t count, int64_t begin, int64_t end,
                const uint16_t* tile, float* partial) {
+  PanelScales scales;
+  for (int i = 0; i < kM; ++i) {
+    for (int64_t c = begin; c < end; c += kBlockColumns) {
+      scales[i][(c - begin) / kBlockColumns] = rows.scale(a[i], j, c / kBlockColumns);
+    }
+  }
   int64_t r = 0;
   for (; r + kRowsN <= count; r += kRowsN) {
-    dot_tile<kM, kRowsN>(rows, a, j + r, begin, end, tile + r * kColumns, partial + r * kM * 16);
+    dot_tile<kM, kRowsN>(a, begin, end, tile + r * kColumns, scales, partial + r * kM * 16);
   }
-  for (; r < count; ++r) dot_tile<kM, 1>(rows, a, j + r, begin, end, tile + r * kColumns, partial + r * kM * 16);
+  for (; r < count; ++r) dot_tile<kM, 1>(a, begin, end, tile + r * kColumns, scales, partial + r * kM * 16);
 }
 
 template <class Rows, class Store>
