@@ -132,6 +132,12 @@ struct Worker {
     }
   }
 
+  static bool has_nan(const float* scores) {
+    bool nan = false;
+    for (int64_t t = 0; t < kMlaTokens; t += kLanes) nan |= any_nan(load(scores + t));
+    return nan;
+  }
+
   template <Dtype kDtype>
   void attend(int64_t b, int64_t begin, int64_t end) const {
     const int64_t count = end - begin, len = length(b);
@@ -160,7 +166,7 @@ struct Worker {
       Vec peak = splat(state.peak[i]);
       for (int64_t t = 0; t < kMlaTokens; t += kLanes) peak = max(load(s + t), peak);
       const float top = largest(peak);
-      if (top == minus_infinity()) {
+      if (top == minus_infinity() && !has_nan(s)) {  // NaN does not show in `top`
         alpha[i] = 1.f;
         std::memset(s, 0, sizeof(float) * kMlaTokens);
         continue;
@@ -192,6 +198,9 @@ struct Worker {
     }
   }
 };
+
+// e^(peak - top) that never forms inf - inf.
+inline float share(float peak, float top) { return peak == top ? 1.f : std::exp(peak - top); }
 
 inline int64_t blocks_of(int64_t length) { return length == 0 ? 1 : (length + kMlaTokens - 1) / kMlaTokens; }
 
@@ -246,8 +255,7 @@ void decode(const MlaDecodeCpuParams& p, int threads) {
             const State part = Worker(p, p.workspace + other * per_thread).partial(s);
             for (int64_t i = begin; i < end; ++i) {
               const float top = into.peak[i] > part.peak[i] ? into.peak[i] : part.peak[i];
-              if (top == minus_infinity()) continue;
-              const float x = std::exp(into.peak[i] - top), y = std::exp(part.peak[i] - top);
+              const float x = share(into.peak[i], top), y = share(part.peak[i], top);
               for (int64_t c = 0; c < w.value_width; c += kLanes) {
                 float* o = into.out + i * w.value_width + c;
                 store(o, fma(splat(y), load(part.out + i * w.value_width + c), splat(x) * load(o)));

@@ -40,7 +40,7 @@ void row(const SwigluCpuParams& p, int64_t r) {
       Vec g = load_some<kDtype>(gate + (begin + i) * kBytes, count - i);
       Vec u = load_some<kDtype>(up + (begin + i) * kBytes, count - i);
       if (clamped) g = at_most(g, high), u = at_least(at_most(u, high), low);
-      store(buffer + i, g / (one + exp(zero() - at_least(g, splat(-88.f)))) * u * weight);
+      store(buffer + i, g / (one + exp(zero() - g)) * u * weight);
     }
     if (scales != nullptr) {
       scales[b] = fp8_scale(amax_of(buffer, count, 0.f), false);

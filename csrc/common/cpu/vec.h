@@ -325,10 +325,10 @@ inline Vec exp2_integer(Vec n) {
 #undef DSK_EACH
 #endif
 
-// e^x within 2 steps of fp32 for x <= 88; 0 below -87 (and for -inf), NaN stays NaN.
+// e^x within 2 steps of fp32; 0 below -87, infinity above 88.3, NaN stays NaN.
 inline Vec exp(Vec x) {
   const Vec low = splat(-87.f);
-  const Vec clamped = max(x, low);  // NaN: max gives `low` or NaN by set; restored below
+  const Vec clamped = min(max(x, low), splat(89.f));  // what becomes of NaN differs by set; restored below
   const Vec n = round(clamped * splat(1.44269504f));
   Vec r = fma(n, splat(-0.693359375f), clamped);
   r = fma(n, splat(2.12194440e-4f), r);
