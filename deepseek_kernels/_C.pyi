@@ -158,3 +158,374 @@ def fp8_matmul(
     tiles along m and shares b. `raster` >= 1: that many rows of clusters are walked before the next column of tiles, so
     that their operands stay in L2.
     """
+
+class cpu:
+    """A submodule of kernels for CPU memory.
+
+    `threads` takes the place of a stream: pass torch.get_num_threads(). A call returns when it is done.
+    """
+
+    ops: Final[tuple[str, ...]]
+    """What was compiled in."""
+
+    @staticmethod
+    def isa() -> str:
+        """The instruction set in use: base, avx2, avx512 or avx512_bf16. DEEPSEEK_KERNELS_CPU_ISA forces one.
+
+        Raises RuntimeError if that names none, or one that the processor lacks.
+        """
+
+    @staticmethod
+    def fp8_dequantize(
+        *,
+        q: int,
+        scale: int,
+        out: int,
+        m: int,
+        k: int,
+        ldq: int,
+        ld_out: int,
+        scale_stride_m: int,
+        scale_stride_k: int,
+        block_m: int,
+        block_k: int,
+        dtype: int,
+        threads: int,
+    ) -> None:
+        """out[m, k] = q * scale of its block of block_m x block_k, rounded once to `dtype`."""
+
+    @staticmethod
+    def fp8_matmul_workspace(*, m: int, k: int, threads: int) -> int:
+        """fp32 elements of workspace."""
+
+    @staticmethod
+    def fp8_matmul(
+        *,
+        a: int,
+        scale_a: int,
+        b: int,
+        scale_b: int,
+        bias: int,
+        d: int,
+        workspace: int,
+        m: int,
+        n: int,
+        k: int,
+        lda: int,
+        ldb: int,
+        ldd: int,
+        scale_a_stride_m: int,
+        scale_a_stride_k: int,
+        scale_b_stride_n: int,
+        scale_b_stride_k: int,
+        out_dtype: int,
+        accumulate: bool,
+        threads: int,
+    ) -> None:
+        """d[m, n] = (scale_a * a) @ (scale_b * b)^T + bias[n]; `accumulate` adds to what d holds.
+
+        a, b e4m3; scale_a [m, ceil(k/128)], scale_b [ceil(n/128), ceil(k/128)] with any two strides; bias fp32, may be
+        0; d of `out_dtype`, any of the three. Made for few rows m.
+        """
+
+    @staticmethod
+    def fp8_quantize(
+        *,
+        x: int,
+        q: int,
+        scale: int,
+        m: int,
+        k: int,
+        dtype: int,
+        block_m: int,
+        block_k: int,
+        ldx: int,
+        ldq: int,
+        scale_stride_m: int,
+        scale_stride_k: int,
+        pow2_scale: bool,
+        threads: int,
+    ) -> None:
+        """As `fp8_quantize` above, bit for bit."""
+
+    @staticmethod
+    def grouped_matmul_workspace(*, num_tokens: int, num_rows: int, k: int, num_experts: int, threads: int) -> int:
+        """fp32 elements of workspace."""
+
+    @staticmethod
+    def grouped_matmul(
+        *,
+        a: int,
+        scale_a: int,
+        b: int,
+        scale_b: int,
+        expert_offsets: int,
+        pos_to_token_topk: int,
+        d: int,
+        workspace: int,
+        num_tokens: int,
+        num_rows: int,
+        n: int,
+        k: int,
+        num_experts: int,
+        lda: int,
+        ldb: int,
+        ldd: int,
+        b_stride_e: int,
+        scale_a_stride_m: int,
+        scale_a_stride_k: int,
+        scale_b_stride_e: int,
+        scale_b_stride_n: int,
+        scale_b_stride_k: int,
+        top_k: int,
+        dtype: int,
+        out_dtype: int,
+        threads: int,
+    ) -> None:
+        """d[r] = a[r] @ b[e]^T for expert_offsets[e] <= r < expert_offsets[e + 1]; rows of no expert become zero.
+
+        a [num_tokens, k], b [num_experts, n, k]: e4m3 with both scales, or of `dtype` with both 0. With
+        pos_to_token_topk [num_rows] row r of a is row entry // top_k, and rows whose entry does not exist are zero;
+        without it num_tokens == num_rows. Offsets are clamped to [0, num_rows], and raised where they decrease.
+        """
+
+    @staticmethod
+    def merge_states(
+        *,
+        out_a: int,
+        lse_a: int,
+        out_b: int,
+        lse_b: int,
+        out: int,
+        lse: int,
+        b: int,
+        s_q: int,
+        h_q: int,
+        d_v: int,
+        dtype: int,
+        threads: int,
+    ) -> None:
+        """out, lse of the softmax over the keys of both sides.
+
+        out_* [b, s_q, h_q, d_v] of `dtype` and lse_* fp32 [b, h_q, s_q], contiguous. A side whose lse is -inf is
+        ignored, whatever it holds.
+        """
+
+    @staticmethod
+    def mla_cache_write(
+        *,
+        c_kv: int,
+        k_rope: int,
+        norm_weight: int,
+        cos_sin: int,
+        positions: int,
+        kv_cache: int,
+        slots: int,
+        num_tokens: int,
+        d_latent: int,
+        d_rope: int,
+        max_positions: int,
+        num_pages: int,
+        page_size: int,
+        ld_c_kv: int,
+        ld_k_rope: int,
+        page_bytes: int,
+        row_bytes: int,
+        eps: float,
+        c_kv_dtype: int,
+        k_rope_dtype: int,
+        norm_dtype: int,
+        cache_dtype: int,
+        wide_positions: bool,
+        wide_slots: bool,
+        fp8: bool,
+        interleaved: bool,
+        threads: int,
+    ) -> None:
+        """kv_cache[slot] = rmsnorm(c_kv[t]) * norm_weight ++ rope(k_rope[t]); norm_weight 0 leaves the norm out.
+
+        kv_cache [num_pages, page_size, d_latent + d_rope] of `cache_dtype`, or with `fp8` the 656-byte rows. cos_sin
+        fp32 [max_positions, d_rope]. positions and slots [num_tokens] are int64 if `wide_*`, else int32; positions are
+        clamped, slots out of range are skipped, and of tokens with one slot the last is written.
+        """
+
+    @staticmethod
+    def mla_decode_workspace(*, rows: int, d_latent: int, d_rope: int, threads: int) -> int:
+        """fp32 elements of workspace for rows = s_q * h_q."""
+
+    @staticmethod
+    def mla_decode(
+        *,
+        q: int,
+        kv_cache: int,
+        block_table: int,
+        seqlens_kv: int,
+        sink: int,
+        out: int,
+        lse: int,
+        workspace: int,
+        b: int,
+        s_q: int,
+        h_q: int,
+        d_latent: int,
+        d_rope: int,
+        num_pages: int,
+        page_size: int,
+        max_pages: int,
+        q_stride_b: int,
+        q_stride_s: int,
+        q_stride_h: int,
+        page_bytes: int,
+        row_bytes: int,
+        scale: float,
+        dtype: int,
+        causal: bool,
+        fp8: bool,
+        threads: int,
+    ) -> None:
+        """out, lse = attention of q [b, s_q, h_q, d_latent + d_rope] over a paged cache, as `mla_cache_write` fills it.
+
+        block_table int32 [b, max_pages], seqlens_kv int32 [b], both clamped to what exists; tokens of a page that does
+        not are left out. sink fp32 [h_q], may be 0. out [b, s_q, h_q, d_latent], lse fp32 [b, h_q, s_q]. The last bits
+        depend on `threads`.
+        """
+
+    @staticmethod
+    def mla_rope(
+        *,
+        x: int,
+        cos_sin: int,
+        positions: int,
+        out: int,
+        num_tokens: int,
+        heads: int,
+        d_rope: int,
+        max_positions: int,
+        x_stride_t: int,
+        x_stride_h: int,
+        dtype: int,
+        wide_positions: bool,
+        interleaved: bool,
+        inverse: bool,
+        threads: int,
+    ) -> None:
+        """out [num_tokens, heads, d_rope], contiguous, = x rotated by the angles of positions[t]; `inverse`: back."""
+
+    @staticmethod
+    def moe_gate_workspace(*, num_experts: int, num_groups: int, threads: int) -> int:
+        """fp32 elements of workspace."""
+
+    @staticmethod
+    def moe_gate(
+        *,
+        logits: int,
+        bias: int,
+        mask: int,
+        weights: int,
+        indices: int,
+        workspace: int,
+        num_tokens: int,
+        num_experts: int,
+        ld_logits: int,
+        top_k: int,
+        num_groups: int,
+        topk_groups: int,
+        score: int,
+        dtype: int,
+        normalize: bool,
+        scale: float,
+        threads: int,
+    ) -> None:
+        """weights, indices = the top_k of score(logits) + bias in the best topk_groups groups.
+
+        weights fp32 and indices int64 [num_tokens, top_k]; logits [num_tokens, num_experts]; bias fp32, may be 0; mask
+        bool, may be 0. score: 0 sigmoid, 1 softmax, 2 sqrt(softplus). Tokens that are masked out get weights 0 and
+        indices -1.
+        """
+
+    @staticmethod
+    def moe_permute(
+        *,
+        x: int,
+        scale: int,
+        pos_to_token_topk: int,
+        out: int,
+        out_scale: int,
+        num_tokens: int,
+        top_k: int,
+        num_rows: int,
+        row_bytes: int,
+        ldx_bytes: int,
+        ld_out_bytes: int,
+        scale_columns: int,
+        scale_stride_t: int,
+        scale_stride_s: int,
+        out_scale_stride_r: int,
+        out_scale_stride_s: int,
+        threads: int,
+    ) -> None:
+        """out[r] = x[pos_to_token_topk[r] // top_k]; rows without an entry become zero. Arguments as above."""
+
+    @staticmethod
+    def moe_sort(
+        *,
+        indices: int,
+        token_topk_to_pos: int,
+        pos_to_token_topk: int,
+        expert_offsets: int,
+        workspace: int,
+        num_entries: int,
+        num_rows: int,
+        expert_begin: int,
+        expert_end: int,
+        alignment: int,
+        wide: bool,
+        threads: int,
+    ) -> None:
+        """Counting sort of entries [num_entries] by expert, each expert's rows padded to a multiple of `alignment`.
+
+        indices are int64 if `wide`, else int32; those outside [expert_begin, expert_end) get position -1.
+        pos_to_token_topk [num_rows] is -1 where there is no entry. workspace int32 [threads, expert_end -
+        expert_begin].
+        """
+
+    @staticmethod
+    def moe_unpermute(
+        *,
+        y: int,
+        token_topk_to_pos: int,
+        weights: int,
+        out: int,
+        num_tokens: int,
+        top_k: int,
+        num_rows: int,
+        hidden: int,
+        dtype: int,
+        ldy: int,
+        ld_out: int,
+        threads: int,
+    ) -> None:
+        """As `moe_unpermute` above."""
+
+    @staticmethod
+    def swiglu(
+        *,
+        gate_up: int,
+        weights: int,
+        pos_to_token_topk: int,
+        out: int,
+        scale_out: int,
+        num_rows: int,
+        intermediate: int,
+        num_weights: int,
+        ld: int,
+        clamp: float,
+        dtype: int,
+        threads: int,
+    ) -> None:
+        """out = silu(min(gate, clamp)) * clip(up, -clamp, clamp) * weight of each row.
+
+        gate_up [num_rows, 2 * intermediate]; weights fp32 [num_weights], may be 0: ones. pos_to_token_topk [num_rows]:
+        the row's entry of weights; may be 0: row r has weights[r]. Rows without an entry become zero. With scale_out
+        [num_rows, ceil(intermediate/128)] out is e4m3. clamp may be infinity.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import os
 import platform
@@ -118,6 +119,17 @@ for i, case in enumerate(cases):
 
 def test_an_unknown_set_is_refused():
     assert "wanted base, avx2, avx512 or avx512_bf16, got nonsense" in refusal("nonsense")
+
+
+def test_stub_names_every_argument():
+    from deepseek_kernels import _C
+
+    stub = ast.parse((ROOT / "deepseek_kernels/_C.pyi").read_text())
+    cpu = next(node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "cpu")
+    written = {f.name: [a.arg for a in f.args.kwonlyargs] for f in cpu.body if isinstance(f, ast.FunctionDef)}
+    compiled = {n: re.findall(r"(\w+): ", f.__doc__) for n, f in vars(_C.cpu).items() if callable(f) and f.__doc__}
+    compiled = {n: a for n, a in compiled.items() if not n.startswith("__")}
+    assert written == compiled
 
 
 # ---- the driver: every kernel without Python ----
