@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed.stamp
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in constraints.txt \
 	$(shell find build_backend csrc -type f -not -name '*.pyc' -not -name '.*')
-CXX_FILES = find csrc tests/hopper_model -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp'
+CXX_FILES = find csrc tests/hopper_model tests/cpu_driver -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp'
 
 .PHONY: install test demo lint gpu
 install: $(INSTALLED)
