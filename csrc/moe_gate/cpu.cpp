@@ -1,10 +1,10 @@
 // weights, indices = the top_k experts of each token by score + bias, within the topk_groups best groups; the weights
 // are the unbiased scores. Ties go to the lower index.
 //
-// One token at a time: scores and biased scores in a row of scratch (L1), the best of each group, then one ascending
-// scan that compares a register with the smallest of the chosen so far and inserts what is larger: about K ln(E/K)
-// insertions. Scores are fp32 with this library's exp, within 2 steps of torch's: two experts closer than that may
-// change places.
+// One token at a time: scores and biased scores in a row of scratch (L1), the two best of each group, then top_k rounds
+// of a maximum over all registers of the row and a search for its first place: no branch depends on the order of the
+// scores. Scores are fp32 with this library's exp, within 2 steps of torch's: two experts closer than that may change
+// places.
 #include "moe_gate/cpu.h"
 
 #include "common/cpu/parallel.h"
@@ -61,28 +61,26 @@ void scores_of(Score score, float* x, int64_t n) {
   for (int64_t i = 0; i < whole; i += kLanes) store(x + i, load(x + i) * inverse);
 }
 
-struct Chosen {  // descending; `count` of `top_k` so far
-  float* value;
-  int64_t* index;
-  int count, top_k;
-
-  float threshold() const { return count < top_k ? minus_infinity() : value[top_k - 1]; }
-  void insert(float v, int64_t i) {
-    int at = count < top_k ? count++ : top_k - 1;
-    for (; at > 0 && value[at - 1] < v; --at) value[at] = value[at - 1], index[at] = index[at - 1];
-    value[at] = v, index[at] = i;
+// Takes the largest of x [n] out, the first of several: x becomes -inf there. -1 if all are -inf.
+int64_t take_largest(float* x, int64_t n) {
+  Vec a = splat(minus_infinity()), b = a;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) a = max(a, load(x + i)), b = max(b, load(x + i + kLanes));
+  float top = largest(max(a, b));
+  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
+  if (top == minus_infinity()) return -1;
+  const Vec most = splat(top);
+  constexpr uint32_t kAll = kLanes == 16 ? 0xFFFF : 0xFF;
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    const uint32_t found = ~greater(most, load(x + i)) & kAll;
+    if (found == 0) continue;
+    i += __builtin_ctz(found);
+    x[i] = minus_infinity();
+    return i;
   }
-};
-
-void scan(const float* selection, int64_t begin, int64_t end, Chosen& chosen) {
-  for (int64_t i = begin; i < end; i += kLanes) {
-    uint32_t candidates = greater(load(selection + i), splat(chosen.threshold()));
-    if (end - i < kLanes) candidates &= (1u << (end - i)) - 1;
-    for (; candidates != 0; candidates &= candidates - 1) {
-      const int64_t e = i + __builtin_ctz(candidates);
-      if (selection[e] > chosen.threshold()) chosen.insert(selection[e], e);
-    }
-  }
+  for (; x[i] != top; ++i) continue;
+  x[i] = minus_infinity();
+  return i;
 }
 
 // The largest and the second largest of x [n], which differ in place, not always in value.
@@ -141,9 +139,6 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
     store(selection + e, where_less(low, load(selection + e), tame(biased), low));
   }
 
-  float best[64];
-  float* value = p.top_k <= 64 ? best : weights;  // the weights are written last
-  Chosen chosen{value, indices, 0, p.top_k};
   const bool grouped = p.topk_groups < p.num_groups;
   if (grouped) {
     for (int g = 0; g < p.num_groups; ++g) {
@@ -161,11 +156,16 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
     }
     return better < p.topk_groups;
   };
-  for (int g = 0; g < p.num_groups; ++g) {
-    if (allowed(g)) scan(selection, g * per_group, (g + 1) * per_group, chosen);
+  for (int g = 0; grouped && g < p.num_groups; ++g) {
+    if (allowed(g)) continue;
+    for (int64_t e = g * per_group; e < (g + 1) * per_group; ++e) selection[e] = minus_infinity();
   }
-  for (int64_t e = 0; e < experts && chosen.count < p.top_k; ++e) {  // too few above -inf: the lowest unused ones
-    if (selection[e] == minus_infinity() && allowed(int(e / per_group))) indices[chosen.count++] = e;
+  int count = 0;
+  for (int64_t e; count < p.top_k && (e = take_largest(selection, experts)) >= 0; ++count) indices[count] = e;
+  for (int64_t e = 0; e < experts && count < p.top_k; ++e) {  // too few above -inf: the lowest unused ones
+    bool used = !allowed(int(e / per_group));
+    for (int k = 0; k < count; ++k) used |= indices[k] == e;
+    if (!used) indices[count++] = e;
   }
 
   float total = 0.f;

@@ -103,10 +103,10 @@ def shared_memory(c: Config, p: Problem, arch: int) -> int:
 
 def candidates(p: Problem, device: DeviceSpec) -> Iterator[Config]:
     kind = "fp32" if p.dtype == "float32" else "fp8" if p.fp8_cache else "16 bit"
-    for *tile, hoist, archs in _TILES[kind]:
+    for block_h, block_n, num_warps, num_stages, hoist, archs in _TILES[kind]:
         if device.kind == "cpu" or _family(device.arch) in archs:
             for splits in _SPLITS:
-                config = Config(*tile, splits, hoist, device.arch >= 89)
+                config = Config(block_h, block_n, num_warps, num_stages, splits, hoist, device.arch >= 89)
                 if not is_legal(config, p, device):
                     yield config
 
