@@ -20,7 +20,7 @@ import torch
 
 import deepseek_kernels
 from deepseek_kernels.ops import _extension
-from deepseek_kernels.testing.compare import ATTENTION, assert_close, assert_same_bits
+from deepseek_kernels.testing.compare import ATTENTION, MATMUL, assert_close, assert_same_bits
 
 ROOT = Path(__file__).parents[1]
 SETS = ("base", "avx2", "avx512", "avx512_bf16")
@@ -407,3 +407,20 @@ def test_other_python_threads_run_meanwhile():
     thread.join()
     # With the lock held there would be one tick, at the end of the call.
     assert any(begin + 0.1 * (end - begin) < t < end - 0.1 * (end - begin) for t in ticks)
+
+
+@pytest.mark.parametrize("m", [257, 700])
+def test_more_rows_than_one_slice(m):
+    """The matmuls take 256 rows of a at a time; what a thread needs of scratch does not grow beyond that."""
+    dk, backend = deepseek_kernels, deepseek_kernels.use_backend
+    a, scale_a = dk.fp8_quantize(torch.randn(m, 384))
+    b, scale_b = dk.fp8_quantize(torch.randn(264, 384), "128x128")
+    with backend("reference"):
+        expected = dk.fp8_matmul(a, scale_a, b, scale_b, out_dtype=torch.float32)
+    with backend("cpu"):
+        assert_close(dk.fp8_matmul(a, scale_a, b, scale_b), expected, MATMUL)
+        offsets = torch.tensor([0, m - 3, m], dtype=torch.int32)
+        two = dk.fp8_grouped_matmul(a, scale_a, b.expand(2, *b.shape), scale_b.expand(2, *scale_b.shape), offsets)
+        assert_close(two, expected, MATMUL)
+    more = [_extension.cpu().fp8_matmul_workspace(m=m, k=128, threads=t) for t in (1, 65)]
+    assert (more[1] - more[0]) / 64 < 80_000

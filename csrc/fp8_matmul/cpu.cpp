@@ -8,12 +8,6 @@
 #include "common/cpu/rows_matmul.h"
 
 namespace deepseek_kernels::DSK_ISA {
-namespace {
-
-constexpr int kMaxRows = 4096;  // of a per call of rows_matmul: row pointers live on the stack
-
-}  // namespace
-
 void fp8_matmul(const Fp8MatmulCpuParams& p, int threads) {
   const int64_t width = padded(p.k);
   parallel_runs(p.m, 4, threads, [&](int64_t begin, int64_t end, int) {
@@ -29,10 +23,10 @@ void fp8_matmul(const Fp8MatmulCpuParams& p, int threads) {
   const E4m3Weight weight{p.b, p.scale_b, p.ldb, p.scale_b_stride_n, p.scale_b_stride_k};
   const int64_t tiles = (p.n + kTileN - 1) / kTileN;
   parallel_runs(tiles, 4, threads, [&](int64_t begin, int64_t end, int thread) {
-    const float* rows[kMaxRows];
+    const float* rows[kSliceRows];
     const int64_t last = end * kTileN < p.n ? end * kTileN : p.n;
-    for (int64_t first = 0; first < p.m; first += kMaxRows) {
-      const int count = int(p.m - first < kMaxRows ? p.m - first : kMaxRows);
+    for (int64_t first = 0; first < p.m; first += kSliceRows) {
+      const int count = int(slice_rows(p.m - first));
       for (int i = 0; i < count; ++i) rows[i] = p.workspace + (first + i) * width;
       float* mine = scratch + thread * rows_matmul_scratch(p.m);
       rows_matmul(rows, count, weight, begin * kTileN, last, p.k, mine, [&](int i, int64_t j, float value) {

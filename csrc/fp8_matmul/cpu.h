@@ -1,5 +1,6 @@
 #pragma once
 #include "common/cpu/isa.h"
+#include "common/cpu/slice.h"
 #include "common/dtype.h"
 
 #include <cstdint>
@@ -23,8 +24,8 @@ struct Fp8MatmulCpuParams {
 
 // Floats of workspace, enough for every instruction set.
 inline int64_t fp8_matmul_workspace(int64_t m, int64_t k, int threads) {
-  const int64_t rows = m * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (m + 6) * 16 * 16;
-  return rows + threads * per_thread;
+  const int64_t rows = m * ((k + 127) / 128 * 128);
+  return rows + threads * matmul_scratch(m);
 }
 
 DSK_CPU_KERNEL_BF16(fp8_matmul, Fp8MatmulCpuParams)

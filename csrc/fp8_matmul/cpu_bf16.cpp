@@ -6,12 +6,6 @@
 #include "fp8_matmul/cpu.h"
 
 namespace deepseek_kernels::avx512_bf16 {
-namespace {
-
-constexpr int kMaxRows = 2048;  // of a at a time: their descriptions live on the stack
-
-}  // namespace
-
 void fp8_matmul(const Fp8MatmulCpuParams& p, int threads) {
   const int64_t width = padded_columns(p.k);
   uint16_t* values = reinterpret_cast<uint16_t*>(p.workspace);
@@ -22,10 +16,10 @@ void fp8_matmul(const Fp8MatmulCpuParams& p, int threads) {
   const E4m3Rows rows{p.b, p.scale_b, p.ldb, p.scale_b_stride_n, p.scale_b_stride_k, p.scale_a_stride_k, p.k};
   const int64_t tiles = (p.n + kRowsN - 1) / kRowsN;
   parallel_runs(tiles, 4, threads, [&](int64_t begin, int64_t end, int thread) {
-    DotRow a[kMaxRows];
+    DotRow a[kSliceRows];
     const int64_t last = end * kRowsN < p.n ? end * kRowsN : p.n;
-    for (int64_t first = 0; first < p.m; first += kMaxRows) {
-      const int count = int(p.m - first < kMaxRows ? p.m - first : kMaxRows);
+    for (int64_t first = 0; first < p.m; first += kSliceRows) {
+      const int count = int(slice_rows(p.m - first));
       for (int i = 0; i < count; ++i) {
         a[i] = {values + (first + i) * width, p.scale_a + (first + i) * p.scale_a_stride_m};
       }

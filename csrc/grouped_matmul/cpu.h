@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "common/cpu/isa.h"
+#include "common/cpu/slice.h"
 #include "common/dtype.h"
 
 namespace deepseek_kernels {
@@ -28,8 +29,8 @@ struct GroupedMatmulCpuParams {
 // the row pointers.
 inline int64_t grouped_matmul_workspace(int64_t num_tokens, int64_t num_rows, int64_t k, int64_t num_experts,
                                         int threads) {
-  const int64_t rows = (num_tokens + 1) * ((k + 127) / 128 * 128), per_thread = 4 * 1024 + (num_rows + 6) * 16 * 16;
-  return rows + threads * per_thread + 4 * num_rows + 2 * (num_experts + 2);
+  const int64_t rows = (num_tokens + 1) * ((k + 127) / 128 * 128);
+  return rows + threads * matmul_scratch(num_rows) + 4 * num_rows + 2 * (num_experts + 2);
 }
 
 DSK_CPU_KERNEL_BF16(grouped_matmul, GroupedMatmulCpuParams)

@@ -52,8 +52,8 @@ inline int64_t source_row(const GroupedMatmulCpuParams& p, int64_t r) {
   return entry >= 0 && entry < p.num_tokens * p.top_k ? entry / p.top_k : p.num_tokens;
 }
 
-// body(first row, rows, expert, first column, last column, thread): the busy experts times the tiles of n, cut into one
-// equal run a thread.
+// body(first row, rows (at most kSliceRows), expert, first column, last column, thread): the busy experts times the
+// tiles of n, cut into one equal run a thread.
 template <class Body>
 inline void for_each_tile(const GroupedMatmulCpuParams& p, const Groups& groups, int64_t tile_n, int threads,
                           const Body& body) {
@@ -64,7 +64,9 @@ inline void for_each_tile(const GroupedMatmulCpuParams& p, const Groups& groups,
       const int64_t row = groups.begin[g];
       const int64_t count = (g + 1 < groups.count ? groups.begin[g + 1] : groups.rows) - row;
       const int64_t n_end = (end - g * tiles) * tile_n < p.n ? (end - g * tiles) * tile_n : p.n;
-      body(row, int(count), groups.expert[g], (at - g * tiles) * tile_n, n_end, thread);
+      for (int64_t first = 0; first < count; first += kSliceRows) {
+        body(row + first, int(slice_rows(count - first)), groups.expert[g], (at - g * tiles) * tile_n, n_end, thread);
+      }
       at = end;
     }
   });

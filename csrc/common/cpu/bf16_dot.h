@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/cpu/slice.h"
+
 namespace deepseek_kernels {
 namespace {
 
@@ -24,7 +26,7 @@ constexpr int64_t kBlockColumns = 128, kStep = 64;
 inline int64_t padded_columns(int64_t k) { return (k + kBlockColumns - 1) / kBlockColumns * kBlockColumns; }
 
 // Floats of scratch that one thread needs for m rows.
-inline int64_t dot_scratch(int64_t m) { return kPanel * kColumns / 2 + (m + kRowsM) * kPanel * 16; }
+inline int64_t dot_scratch(int64_t m) { return kPanel * kColumns / 2 + (slice_rows(m) + kRowsM) * kPanel * 16; }
 
 // The bf16 of each non-negative e4m3 code, as its high and low bytes.
 struct E4m3Tables {
@@ -247,7 +249,8 @@ void dot_many(const Rows& rows, const DotRow* a, int m, int64_t j, int64_t count
   }
 }
 
-// Weight rows [begin, end), `begin` a multiple of kRowsN, for all m rows of a. store(i, j, value) takes the results.
+// Weight rows [begin, end), `begin` a multiple of kRowsN, for m <= kSliceRows rows of a. store(i, j, value) takes the
+// results.
 template <class Rows, class Store>
 void dot_rows(const Rows& rows, const DotRow* a, int m, int64_t begin, int64_t end, float* scratch,
               const Store& store) {

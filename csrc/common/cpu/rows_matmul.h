@@ -7,6 +7,7 @@
 // Rows of a: fp32, scales already applied, zero-padded to a multiple of kLanes columns.
 // Floor:    bytes of w for small m (the decode hides behind memory), 2*m*n*k flops of fp32 FMA for large m.
 #pragma once
+#include "common/cpu/slice.h"
 #include "common/cpu/vec.h"
 #include "common/cpu/weights.h"
 
@@ -25,7 +26,7 @@ constexpr int64_t kChunk = 1024;
 inline int64_t padded(int64_t k) { return (k + kLanes - 1) / kLanes * kLanes; }
 
 // Floats of scratch that one thread needs for `m` rows.
-inline int64_t rows_matmul_scratch(int64_t m) { return kTileN * kChunk + (m + kTileM) * kTileN * kLanes; }
+inline int64_t rows_matmul_scratch(int64_t m) { return kTileN * kChunk + (slice_rows(m) + kTileM) * kTileN * kLanes; }
 
 // acc[i][r] += a[i][k] * source(r, k) over [begin, end), all multiples of kLanes.
 template <int kM, int kN, class Source>
@@ -123,7 +124,7 @@ void chunked_rows(const float* const* a, int m, const Weight& weight, int64_t j,
     for (int r = 0; r < kN; ++r) store_result(i, j + r, sum(load(partial + (i * kN + r) * kLanes)));
 }
 
-// Weight rows [begin, end) for all m rows of a. store(i, j, value) takes the results.
+// Weight rows [begin, end) for m <= kSliceRows rows of a. store(i, j, value) takes the results.
 template <class Weight, class Store>
 void rows_matmul(const float* const* a, int m, const Weight& weight, int64_t begin, int64_t end, int64_t k,
                  float* scratch, const Store& store) {
