@@ -264,6 +264,15 @@ def test_fp8_attention_and_experts_stay_near_their_dequantized_weights():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64), (2, 3, 64)], ids=str)
+def test_mlp_takes_any_leading_dimensions(shape):
+    mlp = nn.SwigluMLP(64, 32)
+    assert mlp(torch.randn(shape)).shape == shape
+    assert mlp.quantize_()(torch.randn(shape)).shape == shape
+    assert nn.FP8Linear.from_linear(torch.nn.Linear(64, 48))(torch.randn(shape)).shape == (*shape[:-1], 48)
+
+
+@torch.no_grad()
 def test_published_fp8_checkpoint_loads_onto_a_quantized_layer():
     config = make_config("v3", hidden_size=256, moe_intermediate_size=128, q_lora_rank=128)
     theirs = make_layer(config)

@@ -29,8 +29,8 @@ class FP8Linear(KeepsDtype):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] bf16, fp16 or fp32 -> [..., n] in x's dtype."""
-        q, scale = fp8_quantize(x.flatten(0, -2))
-        return self.forward_quantized(q, scale, x.dtype).view(*x.shape[:-1], -1)
+        q, scale = fp8_quantize(x.reshape(-1, x.shape[-1]))
+        return self.forward_quantized(q, scale, x.dtype).view(*x.shape[:-1], self.weight.shape[0])
 
     def forward_quantized(self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """q e4m3 [m, k] with 1x128 scales fp32 [m, ceil(k / 128)] -> [m, n] in `dtype`."""
