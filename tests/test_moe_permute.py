@@ -92,6 +92,17 @@ def test_round_trip_gradient_is_count_of_experts():
     assert x.grad[:, 0].tolist() == [2, 1, 0, 2, 2, 2]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unpermute_gradient_of_a_row_whose_entry_is_out_of_range(backend):
+    m = maps([[0, 1], [1, 2]], 3)
+    m = m._replace(pos_to_token_topk=torch.tensor([0, 1, 99, 3], dtype=torch.int32))
+    y, weights = torch.randn(4, 8, requires_grad=True), torch.rand(2, 2, requires_grad=True)
+    with dk.use_backend(backend):
+        dk.moe_unpermute(y, m, weights).sum().backward()
+    expected = weights.detach().flatten()[[0, 1, 0, 3]] * torch.tensor([1, 1, 0, 1])
+    assert torch.equal(y.grad, expected[:, None].expand(4, 8))
+
+
 def test_quantize_has_no_backward():
     x = torch.randn(2, 128, requires_grad=True)
     rows, _ = dk.moe_permute(x, maps([[0], [1]], 2), quantize=True)

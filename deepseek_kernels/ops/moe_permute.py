@@ -252,7 +252,8 @@ def _unpermute_backward(ctx, grad_out):
             dots = (rows * grad_out.to(weights.dtype)[:, None]).sum(-1)
             grad_weights = torch.where(has_entry.view(num_tokens, top_k), dots, 0)
     entry = pos_to_token_topk.long()
-    row_weight = torch.where(entry >= 0, weights.flatten()[entry.clamp(min=0)], 0)
+    in_range = (entry >= 0) & (entry < weights.numel())
+    row_weight = torch.where(in_range, weights.flatten()[torch.where(in_range, entry, 0)], 0)
     return (grad_y.to(weights.dtype) * row_weight[:, None]).to(y.dtype), None, None, grad_weights
 
 
