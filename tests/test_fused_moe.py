@@ -240,6 +240,11 @@ def test_fp8_refuses_backward():
         out.sum().backward()
 
 
+def test_face_refuses_a_range_without_an_end():
+    with pytest.raises(ValueError, match=r"fused_moe: expert_range: wanted 0 <= begin <= end, got \(1, -1\)"):
+        dk.fused_moe(*arguments(), expert_range=(1, -1))
+
+
 def test_face_compiles_with_its_gradient():
     args = arguments()
     compiled = torch.compile(dk.fused_moe, fullgraph=True, backend="aot_eager")

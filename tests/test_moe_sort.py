@@ -114,6 +114,8 @@ def test_face():
     assert isinstance(maps, dk.MoeMaps) and maps.expert_offsets.tolist() == [0, 2, 3, 5]
     with pytest.raises(TypeError):
         dk.moe_sort(torch.zeros(1, 1, dtype=torch.int64), 3, (0, 2))
+    with pytest.raises(ValueError, match=r"moe_sort: expert_range: wanted 0 <= begin <= end <= 3, got \(1, -1\)"):
+        dk.moe_sort(torch.zeros(1, 1, dtype=torch.int64), 3, expert_range=(1, -1))
 
 
 def problem(num_tokens, num_experts=256, top_k=8, alignment=1):

@@ -152,6 +152,10 @@ def test_explain():
         deepseek_kernels.explain("permute")
     with pytest.raises(TypeError, match="moe_permute has no argument alpha"):
         deepseek_kernels.explain("moe_permute", *arguments(), alpha=1)
+    with pytest.raises(TypeError, match="explain: moe_gate: wanted bias, top_k too"):
+        deepseek_kernels.explain("moe_gate", torch.randn(3, 4))
+    with pytest.raises(TypeError, match="explain: moe_permute: wanted at most 5 arguments, got 6"):
+        deepseek_kernels.explain("moe_permute", *arguments(), None, False, 1)
     with pytest.raises(ValueError, match="moe_permute: x: wanted shape"):
         deepseek_kernels.explain("moe_permute", torch.randn(3), *arguments()[1:])
 

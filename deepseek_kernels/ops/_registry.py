@@ -231,6 +231,13 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     unknown = set(kwargs) - set(operator.keywords)
     if unknown:
         raise TypeError(f"explain: {op} has no argument {', '.join(sorted(unknown))}")
+    arguments = operator.overload._schema.arguments
+    if len(args) > len(arguments):
+        raise TypeError(f"explain: {op}: wanted at most {len(arguments)} arguments, got {len(args)}")
+    given = {*operator.keywords[: len(args)], *kwargs}
+    missing = [a.name for a in arguments if a.name not in given and not a.has_default_value()]
+    if missing:
+        raise TypeError(f"explain: {op}: wanted {', '.join(missing)} too")
     args = operator.fill(args, kwargs)
     operator.check(*args)
     problem = operator.problem(*args)

@@ -47,8 +47,9 @@ def fp8_matmul(
 
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: `out` is given and an input requires grad.
+        NotImplementedError: on backward.
 
-    Not differentiable; see `fp8_linear`. Semantics of DeepGEMM's fp8_gemm_nt.
+    Not differentiable. Semantics of DeepGEMM's fp8_gemm_nt.
     """
     if out is None:
         if accumulate:
@@ -86,7 +87,7 @@ def _check_out(a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     _check_operands(a, scale_a, b, scale_b, bias)
     shape = (a.shape[0], b.shape[0])
     checks.tensor(op, "out", out, dtype=_WIDE, shape=shape, device=a.device, last_contiguous=True)
-    checks.no_grad(op, scale_a=scale_a, scale_b=scale_b, bias=bias, out=out)
+    checks.no_grad(op, a=a, b=b, scale_a=scale_a, scale_b=scale_b, bias=bias, out=out)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -70,6 +70,8 @@ def fused_moe(
     Semantics of `MoE.forward` in DeepSeek-V3's inference/model.py, without its shared expert.
     """
     begin, end = expert_range if expert_range is not None else (0, -1)
+    if expert_range is not None and end < begin:  # to the op, -1 means begin + E
+        raise checks.fail("fused_moe", "expert_range", "0 <= begin <= end", expert_range)
     args = (x, w_gate_up, w_down, weights, indices, scale_gate_up, scale_down, clamp, begin, end)
     keeps = torch.is_grad_enabled() and any(t.requires_grad for t in args[:4])
     return ops.fused_moe_forward(*args)[0] if keeps and scale_gate_up is None else ops.fused_moe(*args)

@@ -16,7 +16,7 @@ def grouped_matmul(
 
     Args:
         a: [R, k] bf16, fp16, fp32 or fp64; any strides (a copy is made unless the last dimension is contiguous).
-        b: [E, n, k] of the same dtype, any strides: a transposed view costs nothing.
+        b: [E, n, k] of the same dtype, any strides; a GPU reads a transposed view where it is.
         expert_offsets: int32 [E + 1] on the device, as `moe_sort` makes them. No alignment is asked for. Offsets
             outside [0, R] are clamped to it, and one that decreases is raised to the one before.
         out_dtype: of the result; a's when left out.

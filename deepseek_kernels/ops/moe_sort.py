@@ -36,6 +36,8 @@ def moe_sort(
     The same input gives the same maps, always. Semantics of TileKernels' get_fused_mapping.
     """
     begin, end = expert_range if expert_range is not None else (0, num_experts)
+    if end < 0:  # to the op that means all of them
+        raise checks.fail("moe_sort", "expert_range", f"0 <= begin <= end <= {num_experts}", (begin, end))
     return MoeMaps(*torch.ops.deepseek_kernels.moe_sort(indices, num_experts, begin, end, alignment))
 
 

@@ -82,6 +82,7 @@ def bad_matmul_out(g: torch.Generator) -> list[Bad]:
         Bad("dtype", (*args, out.double()), TypeError, r"fp8_matmul: out: wanted dtype bfloat16 or .* got float64"),
         Bad("strides", (*args, torch.zeros(24, 4).t()), ValueError, r"fp8_matmul: out: wanted stride 1"),
         Bad("grad", (*args, out.clone().requires_grad_()), RuntimeError, r"fp8_matmul: out: requires grad"),
+        Bad("grad_of_a", (args[0].clone().requires_grad_(), *args[1:], out), RuntimeError, r"fp8_matmul: a: requires"),
     ]
 
 
