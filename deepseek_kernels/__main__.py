@@ -99,8 +99,7 @@ def ops_table() -> str:
         face = getattr(deepseek_kernels, op.name, None) or op.reference
         summary = (face.__doc__ or "").strip().partition("\n")[0]
         backends = ", ".join([b for b in BACKENDS if b in op.backends] + ["reference"])
-        signature = str(op.overload._schema).removeprefix("deepseek_kernels::")
-        rows.append((f"`{signature}`", summary, backends, "yes" if op.differentiable else "no"))
+        rows.append((f"`{op.schema}`", summary, backends, "yes" if op.differentiable else "no"))
     return _table(("op", "what it does", "backends", "differentiable"), rows)
 
 

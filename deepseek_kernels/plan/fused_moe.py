@@ -5,7 +5,7 @@ from typing import Literal
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
-from .backend import Environment, cpu_reason, cpu_reference_reason, cuda_reason, triton_reason
+from .backend import Environment, cpu_reason, cpu_reference_reason, triton_reason
 
 _LAUNCH = 3e-6  # seconds
 _COMPOSED_LAUNCHES = 7
@@ -73,12 +73,10 @@ def bytes(p: Problem) -> int:
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    op = {"inference": "fused_moe"}.get(p.kind, f"fused_moe_{p.kind}")
     float64 = "float64 runs on the reference only" if p.dtype == "float64" else ""
     parts = ("moe_sort", "moe_permute", "grouped_matmul", "swiglu", "fp8_quantize")
     cpu = next((why for part in parts if (why := cpu_reason(part, device, env))), "")
     return {
-        "cuda": cuda_reason(op, device, env),
         "triton": float64 or triton_reason(device, env),
         "cpu": float64 or cpu,
         "torch": float64 or cpu_reference_reason(device),

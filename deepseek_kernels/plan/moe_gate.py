@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..device import DeviceSpec
-from .backend import Environment, cpu_reason, cuda_reason, triton_reason
+from .backend import Environment, cpu_reason, triton_reason
 
 MAX_EXPERTS = 4096
 """The Triton kernel keeps one score per expert in registers."""
@@ -37,11 +37,9 @@ def bytes(p: Problem) -> int:
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    op = "moe_gate" if p.kind == "forward" else "moe_gate_backward"
     float64 = "float64 runs on the reference only" if p.dtype == "float64" else ""
     too_many = f"takes up to {MAX_EXPERTS} experts, got {p.num_experts}" if p.num_experts > MAX_EXPERTS else ""
     return {
-        "cuda": float64 or cuda_reason(op, device, env),
         "triton": float64 or too_many or triton_reason(device, env),
         "cpu": float64 or cpu_reason("moe_gate", device, env),
     }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..device import DeviceSpec
 from ..shapes import ceil_div
-from .backend import Environment, cpu_reason, cuda_reason, triton_reason
+from .backend import Environment, cpu_reason, triton_reason
 
 MAX_EXPERTS = 4096
 """The Triton kernel keeps one counter per expert in registers."""
@@ -49,7 +49,6 @@ def bytes(p: Problem) -> int:
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
     too_many = f"takes up to {MAX_EXPERTS} local experts, got {p.num_local}" if p.num_local > MAX_EXPERTS else ""
     return {
-        "cuda": cuda_reason("moe_sort", device, env),
         "triton": too_many or triton_reason(device, env),
         "cpu": cpu_reason("moe_sort", device, env),
     }

@@ -75,14 +75,15 @@ def matmul_out(g: torch.Generator) -> list[Sample]:
 
 
 def bad_matmul_out(g: torch.Generator) -> list[Bad]:
-    args = (*operands(g, 4, 24, 128), None)
+    a, *rest = operands(g, 4, 24, 128)
+    args = (a, *rest, None)
     out = torch.zeros(4, 24)
     return [
         Bad("shape", (*args, out[:3]), ValueError, r"fp8_matmul: out: wanted shape \[4, 24\], got \[3, 24\]"),
         Bad("dtype", (*args, out.double()), TypeError, r"fp8_matmul: out: wanted dtype bfloat16 or .* got float64"),
         Bad("strides", (*args, torch.zeros(24, 4).t()), ValueError, r"fp8_matmul: out: wanted stride 1"),
         Bad("grad", (*args, out.clone().requires_grad_()), RuntimeError, r"fp8_matmul: out: requires grad"),
-        Bad("grad_of_a", (args[0].clone().requires_grad_(), *args[1:], out), RuntimeError, r"fp8_matmul: a: requires"),
+        Bad("grad_of_a", (a.clone().requires_grad_(), *rest, None, out), RuntimeError, r"fp8_matmul: a: requires"),
     ]
 
 
