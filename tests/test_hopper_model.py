@@ -71,9 +71,6 @@ def transposed(rows):
     return 1, -(-rows // 4) * 4
 
 
-# ---- fp8_quantize ----
-
-
 def run_quantize(model, x, granularity, *, pow2_scale=False, mn_major=False, ld_pad=0, offset=0):
     (m, k), (block_m, block_k) = x.shape, BLOCKS[granularity]
     rows, columns = -(-m // block_m), -(-k // block_k)
@@ -143,9 +140,6 @@ def test_fp8_quantize_of_nothing(model):
 def test_bugs_of_fp8_quantize(model, bug, granularity):
     x = torch.randn(130, 265, generator=torch.Generator().manual_seed(0))
     assert_caught(lambda: run_quantize(model, x, granularity), model, bug)
-
-
-# ---- moe_permute ----
 
 
 def random_maps(num_tokens, top_k, num_rows, generator):
@@ -294,9 +288,6 @@ def test_bugs_of_moe_permute_quantize(model):
     assert_caught(lambda: run_permute_quantize(model, x, *maps), model, "lanes_not_reduced")
 
 
-# ---- fp8_matmul ----
-
-
 @functools.cache
 def matmul_problem(m, n, k):
     """Inputs, the exact product of the dequantised operands, and the same of their magnitudes."""
@@ -417,9 +408,6 @@ def test_bugs_of_fp8_matmul(model, bug, cluster):
 def test_store_wait_of_fp8_matmul(model):
     """Tiles with little to multiply follow each other closely enough to meet in the staging buffer."""
     assert_caught(lambda: run_matmul(model, 200, 520, 16, ctas=1), model, "store_wait_missing")
-
-
-# ---- the model itself ----
 
 
 def test_every_planted_bug_is_tested():

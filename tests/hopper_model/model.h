@@ -13,7 +13,7 @@
 #include <initializer_list>
 #include <string>
 
-// ---- CUDA keywords: the CUDA headers make most of them vanish under g++ ----
+// CUDA keywords: the CUDA headers make most of them vanish under g++.
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __forceinline__
@@ -33,7 +33,6 @@ struct TensorMap {
 namespace model {
 using model_types::TensorMap;
 
-// ---- launching ----
 struct Settings {
   uint64_t seed = 1;
   bool hazard_checks = true;   // false: hazards show only as wrong numbers
@@ -69,7 +68,7 @@ void free_global(void* p);
 TensorMap make_tensor_map_2d(const void* base, uint32_t elem_bytes, uint64_t inner, uint64_t outer,
                              uint64_t stride_bytes, uint32_t box_inner, uint32_t box_outer, uint32_t swizzle_bytes);
 
-// ---- what sm90.cuh calls ----
+// What sm90.cuh calls.
 uint8_t* dynamic_smem();
 uint32_t smem_addr(const void* p);
 void debug_name(const void* p, const char* name, int i);
@@ -102,7 +101,6 @@ uint32_t ballot(uint32_t mask, bool vote);
 [[noreturn]] void fail(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 }  // namespace model
 
-// ---- CUDA built-ins ----
 inline void __syncthreads() { model::named_barrier_sync(0, int(blockDim.x)); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { model::shuffle(mask, 0, threadIdx.x % 32); }
 template <class T>

@@ -72,7 +72,7 @@ DEVICE_FN Shared& shared_with_barrier(uint8_t* raw, uint32_t count) {
 
 DEVICE_FN float one_nan(float x) { return x != x ? __uint_as_float(0x7FC00000u) : x; }
 
-// ---- copies: box of 32 rows x kBoxBytes, at three corners of a 40-row matrix, as it lies and in logical order ----
+// Copies: box of 32 rows x kBoxBytes, at three corners of a 40-row matrix, as it lies and in logical order.
 template <int kBoxBytes>
 __global__ void tma_load(uint8_t* out, const __grid_constant__ TensorMap map) {
   DYNAMIC_SMEM(raw);
@@ -131,7 +131,7 @@ __global__ void cp_async(uint8_t* out, const uint8_t* in) {
   for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = s.a[(127 - threadIdx.x) * 4 + i];
 }
 
-// ---- who waits for whom ----
+// Who waits for whom.
 __global__ void mbarrier_across_cluster(uint8_t* out) {
   DYNAMIC_SMEM(raw);
   Shared& s = shared_with_barrier(raw, 64 + 1);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(256, 1) registers(uint8_t* out) {
   out[threadIdx.x] = uint8_t(threadIdx.x);
 }
 
-// ---- wgmma: operands of small integers, so that every sum is exact ----
+// wgmma: operands of small integers, so that every sum is exact.
 template <int R>
 DEVICE_FN void write_fragment(uint8_t* out, const float (&d)[R]) {
   for (int i = 0; i < R; ++i) reinterpret_cast<float*>(out)[threadIdx.x * R + i] = d[i];
@@ -229,7 +229,6 @@ __global__ void wgmma_16bit(uint8_t* out, const __grid_constant__ TensorMap map_
   write_fragment(out, d);
 }
 
-// ---- numbers ----
 DEVICE_FN float bf16_of(int pattern) { return __uint_as_float(uint32_t(pattern) << 16); }
 
 __global__ void e4m3_of_every_bf16(uint8_t* out) {
