@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import deepseek_kernels
 from deepseek_kernels.ops import _registry
@@ -184,6 +185,24 @@ def test_gradient(name, index, backend, device):
     for key in s.grad:
         assert actual[key].dtype == named(op, s)[key].dtype
         assert_close(actual[key], expected[key], GRADIENT, f"gradient of {key}")
+
+
+@_each(lambda op: op.differentiable)
+def test_gradient_under_activation_checkpointing(name):
+    op = OPERATORS[name]
+    s = next(s for s in sampling.samples(op) if s.grad)
+    leaves = {k: named(op, s)[k].detach().clone().requires_grad_() for k in s.grad}
+
+    def function(*tensors):
+        out = outputs(op.overload(*with_arguments(op, s, **dict(zip(s.grad, tensors, strict=True))).args))
+        return tuple(o for o in out if o.requires_grad)
+
+    def gradients(out):
+        return torch.autograd.grad(out, list(leaves.values()), [torch.ones_like(o) for o in out])
+
+    checkpointed = checkpoint(function, *leaves.values(), use_reentrant=False)
+    for key, a, e in zip(leaves, gradients(checkpointed), gradients(function(*leaves.values())), strict=True):
+        assert_same_bits(a, e, f"gradient of {key}")
 
 
 @_each(lambda op: op.differentiable)

@@ -260,8 +260,9 @@ def _context(ctx, inputs, output) -> None:
 
 
 def _backward_of_forward(ctx, grad, *_):
-    _refuse_fp8("fused_moe_forward", ctx.saved_tensors[1])
-    return _gradients_of(ctx.needs_input_grad[:4], grad, *ctx.saved_tensors, ctx.clamp)
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    _refuse_fp8("fused_moe_forward", saved[1])
+    return _gradients_of(ctx.needs_input_grad[:4], grad, *saved, ctx.clamp)
 
 
 def _context_of_forward(ctx, inputs, output) -> None:
