@@ -324,6 +324,17 @@ def test_layer_compiles_into_one_graph():
             assert_close(compiled(x, steps[0]), layer(x, steps[1]))
 
 
+@pytest.mark.parametrize(("b", "s_q"), [(0, 5), (2, 0), (0, 0)])
+@torch.no_grad()
+def test_a_layer_takes_no_tokens(b, s_q):
+    config = make_config("v3")
+    layer = nn.DecoderLayer(nn.LayerConfig.from_transformers(config))
+    for _ in range(2):
+        x, cache = torch.randn(b, s_q, config.hidden_size), make_cache(config, batch=b)
+        assert layer(x).shape == layer(x, cache.append(s_q)).shape == layer(x, cache.append(s_q)).shape == x.shape
+        layer.quantize_()
+
+
 @torch.no_grad()
 def test_attention_refuses_other_tokens_than_were_appended():
     config = make_config("v3", max_position_embeddings=16)

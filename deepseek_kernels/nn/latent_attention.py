@@ -88,10 +88,10 @@ class LatentAttention(torch.nn.Module):
             )  # fmt: skip
         if step is None or step.starts_empty:
             k_rope = mla_rope(k_rope[:, None], cos_sin, positions, interleaved=rope.interleaved)
-            heads = self._attend_expanded(b, q_nope, q_rope, self.kv_a_layernorm(latent), k_rope)
+            heads = self._attend_expanded(b, s_q, q_nope, q_rope, self.kv_a_layernorm(latent), k_rope)
         else:
             heads = self._attend_latent(q_nope, q_rope, step, layer)
-        return self.o_proj(heads.reshape(b, s_q, -1))
+        return self.o_proj(heads.reshape(b, s_q, shape.h_q * shape.d_v))
 
     def quantize_(self) -> "LatentAttention":
         """Turn the projections into FP8, all but `kv_b_proj`, which decoding absorbs. In place; returns self."""
@@ -110,13 +110,14 @@ class LatentAttention(torch.nn.Module):
 
     def _queries(self, x: torch.Tensor) -> torch.Tensor:
         """[T, h_q, d_nope + d_rope], before the rotary embedding."""
-        if self.config.shape.q_rank is None:
+        shape = self.config.shape
+        if shape.q_rank is None:
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return q.view(x.shape[0] * x.shape[1], self.config.shape.h_q, -1)
+        return q.view(x.shape[0] * x.shape[1], shape.h_q, shape.d_nope + shape.d_rope)
 
-    def _attend_expanded(self, b, q_nope, q_rope, latent, k_rope) -> torch.Tensor:
+    def _attend_expanded(self, b, s_q, q_nope, q_rope, latent, k_rope) -> torch.Tensor:
         """Keys and values of every head, from normalised latents [T, d_latent]. Returns [b, s_q, h_q, d_v]."""
         shape = self.config.shape
         expanded = self.kv_b_proj(latent).view(-1, shape.h_q, shape.d_nope + shape.d_v)
@@ -124,7 +125,7 @@ class LatentAttention(torch.nn.Module):
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope.expand(-1, shape.h_q, -1)], dim=-1)
         v = pad(v, (0, q.shape[-1] - shape.d_v))  # torch's fused kernels want one width
-        q, k, v = (t.unflatten(0, (b, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(0, (b, s_q)).transpose(1, 2) for t in (q, k, v))
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.config.attention_scale)
         return out[..., : shape.d_v].transpose(1, 2).contiguous()
 
@@ -134,14 +135,15 @@ class LatentAttention(torch.nn.Module):
         weight = self.kv_b_proj.weight.view(shape.h_q, shape.d_nope + shape.d_v, shape.d_latent)
         w_uk, w_uv = weight.split([shape.d_nope, shape.d_v], dim=1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-        q = torch.cat([q_latent, q_rope], dim=-1).unflatten(0, (-1, step.s_q))
+        b, s_q = step.block_table.shape[0], step.s_q
+        q = torch.cat([q_latent, q_rope], dim=-1).unflatten(0, (b, s_q))
         if step.counts is not None:
-            q = _shift(q, step.s_q - step.counts)
+            q = _shift(q, s_q - step.counts)
         out, _ = mla_decode(q, step.pages[layer], step.block_table, step.seqlens_kv, scale=self.config.attention_scale)
         if step.counts is not None:
-            out = _shift(out, step.counts - step.s_q)
+            out = _shift(out, step.counts - s_q)
         out = torch.bmm(out.flatten(0, 1).transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
-        return out.reshape(-1, step.s_q, shape.h_q, shape.d_v)
+        return out.reshape(b, s_q, shape.h_q, shape.d_v)
 
 
 def _shift(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
