@@ -150,7 +150,7 @@ def _forward(
     ops, x, w_gate_up, w_down, weights, indices, scale_gate_up, scale_down, clamp, expert_begin, expert_end
 ):  # fmt: skip
     expert_end = expert_begin + w_gate_up.shape[0]
-    maps = ops.moe_sort(indices, expert_end, expert_begin, expert_end)
+    maps = ops.moe_sort(indices, max(expert_end, 1), expert_begin, expert_end)
     to_pos, to_entry, offsets = maps
     if scale_gate_up is None:
         rows, _ = ops.moe_permute(x, to_pos, to_entry)

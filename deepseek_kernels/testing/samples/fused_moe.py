@@ -49,6 +49,7 @@ def fused(g: torch.Generator) -> list[Sample]:
         case("fp8_holes", *_fp8(g, 3, 64, 32, 4, 2, torch.float16, 0.4), 2.0),
         case("no_tokens", x[:0], w_gate_up, w_down, weights[:0], indices[:0]),
         case("no_choices", x, w_gate_up, w_down, weights[:, :0], indices[:, :0]),
+        case("no_experts", x, w_gate_up[:0], w_down[:0], weights, indices, grad=GRAD),
     ]
 
 
@@ -56,7 +57,11 @@ def forward(g: torch.Generator) -> list[Sample]:
     def as_forward(s):
         return Sample(s.name, s.args, tolerance=(MATMUL, MATMUL, EXACT, EXACT, EXACT), grad=s.grad)
 
-    return [as_forward(s) for s in fused(g) if s.name in ("bf16", "fp32_clamp", "half_of_the_experts", "fp8", "no_ids")]
+    return [
+        as_forward(s)
+        for s in fused(g)
+        if s.name in ("bf16", "fp32_clamp", "half_of_the_experts", "fp8", "no_ids", "no_experts")
+    ]
 
 
 def backward(g: torch.Generator) -> list[Sample]:
