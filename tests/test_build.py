@@ -46,9 +46,6 @@ def fake_nvcc(root: Path, release: str = "13.0", archs=(80, 90, 100)) -> Path:
     )
 
 
-# ---- decisions ----
-
-
 def test_system_nvcc_search_order(tmp_path):
     nvccs = [fake_nvcc(tmp_path / name) for name in ("home", "path_variable", "on_path", "default")]
     environ = {
@@ -133,9 +130,6 @@ def test_ninja_file_compiles_each_source_for_its_architectures(tmp_path, archs, 
     )
 
 
-# ---- builds without CUDA, in a copy of the tree ----
-
-
 def copy_tree(target: Path) -> Path:
     target.mkdir()
     for name in [*BUILD_INPUTS, *PACKAGES]:
@@ -207,9 +201,6 @@ def test_build_without_cuda_and_rebuild(tree):
     library = tree / "deepseek_kernels" / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
     check_links(library)
     subprocess.run([sys.executable, "-c", "import _C"], cwd=library.parent, check=True)
-
-
-# ---- the wheel of a user who has no CUDA toolkit ----
 
 
 @pytest.fixture(scope="session")

@@ -291,6 +291,16 @@ def test_has_triton_case_and_bad_input(name):
 
 
 @_each()
+def test_reference_never_looks_at_values(name):
+    """What would synchronise with a GPU cannot run on tensors without values."""
+    op = OPERATORS[name]
+    for s in sampling.samples(op):
+        with FakeTensorMode() as mode, torch.no_grad():
+            args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in op.fill(s.args, s.kwargs)]
+            op.reference(*args)
+
+
+@_each()
 def test_plan_counts(name):
     op = OPERATORS[name]
     for s in sampling.samples(op):

@@ -48,9 +48,6 @@ def python(code: str, **options) -> str:
     return result.stdout.strip()
 
 
-# ---- instruction sets ----
-
-
 @functools.cache
 def refusal(isa: str) -> str:
     """Why this processor cannot run the set; empty where it can."""
@@ -130,9 +127,6 @@ def test_stub_names_every_argument():
     compiled = {n: re.findall(r"(\w+): ", f.__doc__) for n, f in vars(_C.cpu).items() if callable(f) and f.__doc__}
     compiled = {n: a for n, a in compiled.items() if not n.startswith("__")}
     assert written == compiled
-
-
-# ---- the driver: every kernel without Python ----
 
 
 class Driver:
@@ -239,9 +233,6 @@ def test_no_set_lends_code_to_another(driver):
     assert not shared, shared
 
 
-# ---- number formats ----
-
-
 def every_rounding() -> torch.Tensor:
     """fp32: every upper half, with lower halves at, around and between the middles of two bf16, fp16 and e4m3."""
     low = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
@@ -279,9 +270,6 @@ def test_exp(driver, isa):
     special = torch.tensor([0.0, -0.0, -1e-40, -87.5, float("-inf"), 88.8, float("inf"), float("nan")] * 2)
     expected = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, float("inf"), float("inf"), float("nan")] * 2)
     assert_same_bits(driver.convert(isa, "exp", special, torch.float32), expected)
-
-
-# ---- threads ----
 
 
 def threaded_cases() -> dict:

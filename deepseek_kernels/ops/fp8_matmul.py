@@ -87,6 +87,8 @@ def _check_out(a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     _check_operands(a, scale_a, b, scale_b, bias)
     shape = (a.shape[0], b.shape[0])
     checks.tensor(op, "out", out, dtype=_WIDE, shape=shape, device=a.device, last_contiguous=True)
+    if shape[0] > 1 and shape[1] and out.stride(0) < shape[1]:
+        raise checks.fail(op, "out", f"rows at least {shape[1]} elements apart", f"stride {out.stride(0)}")
     checks.no_grad(op, a=a, b=b, scale_a=scale_a, scale_b=scale_b, bias=bias, out=out)
 
 

@@ -180,7 +180,7 @@ def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
         return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
     if not p.vectors and operands(c, p) > 32:
         return f"loads {operands(c, p)} operands a thread one by one, 32 leave room for their addresses"
-    most = 128 if device.arch >= 90 else 64  # wgmma reads its operands from shared memory, mma from registers
+    most = 128 if device.arch in (90, 100) else 64  # wgmma reads its operands from shared memory, mma from registers
     if accumulators(c, p) > most:
         return f"needs {accumulators(c, p)} accumulators a thread, {most} leave room for the rest"
     return ""

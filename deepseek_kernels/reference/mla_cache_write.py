@@ -60,7 +60,7 @@ def mla_cache_write(
     # A token without a slot repeats the write of one that has one; if none has, slot 0 is written with itself.
     slots = slots.long()
     has_slot = (slots >= 0) & (slots < pages * page_size)
-    other = has_slot.int().argmax()
+    other = has_slot.int().argmax(0, keepdim=True)  # [1]: a 0-d index would be read on the host
     spare_slot = torch.where(has_slot.any(), slots[other], 0)
     spare_row = torch.where(has_slot.any(), rows[other], kv_cache[0, 0])
     slots = torch.where(has_slot, slots, spare_slot)

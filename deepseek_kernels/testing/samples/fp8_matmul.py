@@ -82,6 +82,9 @@ def bad_matmul_out(g: torch.Generator) -> list[Bad]:
         Bad("shape", (*args, out[:3]), ValueError, r"fp8_matmul: out: wanted shape \[4, 24\], got \[3, 24\]"),
         Bad("dtype", (*args, out.double()), TypeError, r"fp8_matmul: out: wanted dtype bfloat16 or .* got float64"),
         Bad("strides", (*args, torch.zeros(24, 4).t()), ValueError, r"fp8_matmul: out: wanted stride 1"),
+        Bad(
+            "overlap", (*args, out[:1].expand(4, 24)), ValueError, r"fp8_matmul: out: wanted rows at least 24 elements"
+        ),
         Bad("grad", (*args, out.clone().requires_grad_()), RuntimeError, r"fp8_matmul: out: requires grad"),
         Bad("grad_of_a", (a.clone().requires_grad_(), *rest, None, out), RuntimeError, r"fp8_matmul: a: requires"),
     ]
