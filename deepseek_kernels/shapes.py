@@ -38,6 +38,16 @@ def align_up(a: int, b: int) -> int:
     return ceil_div(a, b) * b
 
 
+def padded_columns(num_rows: int, num_experts: int) -> int:
+    """Most columns that `num_rows` rows of `num_experts` experts take when each expert starts a new 1x128 block.
+
+    Expert e has the columns from `128 * sum(ceil(rows_i / 128) for i < e)`. Most are needed when every expert has one
+    row more than whole blocks.
+    """
+    busy = min(num_experts, num_rows)
+    return BLOCK * (busy + (num_rows - busy) // BLOCK) if busy else 0
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Dimensions of one published model, as in its config.json."""

@@ -7,6 +7,7 @@ import deepseek_kernels as dk
 from deepseek_kernels.device import A100, GPUS, H100, L40S
 from deepseek_kernels.plan import fp8_grouped_matmul as plan
 from deepseek_kernels.reference.fp8_quantize import fp8_dequantize, fp8_quantize
+from deepseek_kernels.shapes import align_up, padded_columns
 from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits, distance
 from deepseek_kernels.triton_kernels.fp8_grouped_matmul import fp8_grouped_matmul
 
@@ -132,3 +133,10 @@ def test_scales_are_counted():
     weights = 4 * (136 * 272 + 4 * 2 * 3)
     assert plan.bytes(p) == 100 * (272 + 4 * 3) + weights + 100 * 136 * 2 + 4 * 5
     assert plan.flops(p) == 2 * 100 * 136 * 272
+
+
+def test_padded_columns_is_the_least_bound():
+    widest = [0] * 300
+    for num_experts in range(4):
+        assert [padded_columns(r, num_experts) for r in range(300)] == widest
+        widest = [max(widest[r - own] + align_up(own, 128) for own in range(r + 1)) for r in range(300)]
