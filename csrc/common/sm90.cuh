@@ -100,20 +100,53 @@ DEVICE_FN void tma_load_2d(void* dst, const TensorMap& map, uint64_t* bar, int x
   SM90_DO(asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
                        " [%0], [%1, {%3, %4}], [%2];" ::"r"(smem_u32(dst)),
                        "l"(&map), "r"(smem_u32(bar)), "r"(x), "r"(y) : "memory"),
-          model::tma_load_2d(dst, map, bar, x, y, 0));
+          model::tma_load(2, dst, map, bar, {x, y, 0}, 0));
+}
+DEVICE_FN void tma_load_3d(void* dst, const TensorMap& map, uint64_t* bar, int x, int y, int z) {
+  SM90_DO(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                       " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem_u32(dst)),
+                       "l"(&map), "r"(smem_u32(bar)), "r"(x), "r"(y), "r"(z) : "memory"),
+          model::tma_load(3, dst, map, bar, {x, y, z}, 0));
 }
 // Into the same offset of every CTA named in `mask`, completing on each one's own barrier.
 DEVICE_FN void tma_load_2d_multicast(void* dst, const TensorMap& map, uint64_t* bar, int x, int y, uint16_t mask) {
   SM90_DO(asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem_u32(dst)),
                        "l"(&map), "r"(smem_u32(bar)), "r"(x), "r"(y), "h"(mask) : "memory"),
-          model::tma_load_2d(dst, map, bar, x, y, mask));
+          model::tma_load(2, dst, map, bar, {x, y, 0}, mask));
+}
+DEVICE_FN void tma_load_3d_multicast(void* dst, const TensorMap& map, uint64_t* bar, int x, int y, int z,
+                                     uint16_t mask) {
+  SM90_DO(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                       " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem_u32(dst)),
+                       "l"(&map), "r"(smem_u32(bar)), "r"(x), "r"(y), "r"(z), "h"(mask) : "memory"),
+          model::tma_load(3, dst, map, bar, {x, y, z}, mask));
 }
 DEVICE_FN void tma_store_2d(const void* src, const TensorMap& map, int x, int y) {
   SM90_DO(
       asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%1, {%2, %3}], [%0];" ::"r"(smem_u32(src)),
                    "l"(&map), "r"(x), "r"(y) : "memory"),
-      model::tma_store_2d(src, map, x, y));
+      model::tma_store(2, src, map, {x, y, 0}, false));
+}
+DEVICE_FN void tma_store_3d(const void* src, const TensorMap& map, int x, int y, int z) {
+  SM90_DO(asm volatile(
+              "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%1, {%2, %3, %4}], [%0];" ::"r"(smem_u32(src)),
+              "l"(&map), "r"(x), "r"(y), "r"(z) : "memory"),
+          model::tma_store(3, src, map, {x, y, z}, false));
+}
+// Adds an fp32 box to what lies there, with one rounding an element. In bulk groups, as a store is.
+DEVICE_FN void tma_reduce_add_2d(const void* src, const TensorMap& map, int x, int y) {
+  SM90_DO(asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%1, {%2, %3}], [%0];" ::"r"(
+                           smem_u32(src)),
+                       "l"(&map), "r"(x), "r"(y) : "memory"),
+          model::tma_store(2, src, map, {x, y, 0}, true));
+}
+DEVICE_FN void tma_reduce_add_3d(const void* src, const TensorMap& map, int x, int y, int z) {
+  SM90_DO(
+      asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%1, {%2, %3, %4}], [%0];" ::"r"(
+                       smem_u32(src)),
+                   "l"(&map), "r"(x), "r"(y), "r"(z) : "memory"),
+      model::tma_store(3, src, map, {x, y, z}, true));
 }
 DEVICE_FN void tma_store_commit() {
   SM90_DO(asm volatile("cp.async.bulk.commit_group;" :: : "memory"), model::tma_store_commit());
@@ -122,6 +155,31 @@ DEVICE_FN void tma_store_commit() {
 template <int N>
 DEVICE_FN void tma_store_wait() {
   SM90_DO(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"), model::tma_store_wait(N));
+}
+
+// ---- stmatrix ----
+// Stores 8x8 matrices of 16-bit elements. Lane 8 * i + j passes where row j of matrix i goes (16 bytes, aligned; the
+// lanes past 8 * count pass anything); register i of lane l holds elements 2 * (l % 4) and + 1 of row l / 4 of matrix
+// i, as a wgmma accumulator does. _trans stores each matrix transposed: the registers then hold column l / 4.
+DEVICE_FN void stmatrix_x2(void* row, uint32_t r0, uint32_t r1) {
+  SM90_DO(asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(smem_u32(row)), "r"(r0),
+                       "r"(r1) : "memory"),
+          model::stmatrix(2, false, row, {r0, r1}));
+}
+DEVICE_FN void stmatrix_x2_trans(void* row, uint32_t r0, uint32_t r1) {
+  SM90_DO(asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem_u32(row)), "r"(r0),
+                       "r"(r1) : "memory"),
+          model::stmatrix(2, true, row, {r0, r1}));
+}
+DEVICE_FN void stmatrix_x4(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  SM90_DO(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_u32(row)), "r"(r0),
+                       "r"(r1), "r"(r2), "r"(r3) : "memory"),
+          model::stmatrix(4, false, row, {r0, r1, r2, r3}));
+}
+DEVICE_FN void stmatrix_x4_trans(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  SM90_DO(asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_u32(row)),
+                       "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory"),
+          model::stmatrix(4, true, row, {r0, r1, r2, r3}));
 }
 
 // ---- wgmma ----
@@ -187,6 +245,17 @@ DEVICE_FN uint64_t desc_mn_b128(const void* p, uint32_t mn_stride) {
 DEVICE_FN int swizzled_offset(int row, int byte, int row_bytes) {
   const int offset = row * row_bytes + byte;
   return offset ^ ((offset >> 7 & (row_bytes / 16 - 1)) << 4);
+}
+
+// ---- the kernels before and after in the stream (LaunchConfig::dependent) ----
+// Until the kernels before have completed and their writes are visible. A dependent launch touches no global memory
+// before this, neither reading nor writing.
+DEVICE_FN void grid_dependency_wait() {
+  SM90_DO(asm volatile("griddepcontrol.wait;" :: : "memory"), model::grid_dependency_wait());
+}
+// The dependent kernel after may start once every CTA has called this or exited.
+DEVICE_FN void grid_dependency_launch() {
+  SM90_DO(asm volatile("griddepcontrol.launch_dependents;" :: : "memory"), model::grid_dependency_launch());
 }
 
 // ---- threads ----

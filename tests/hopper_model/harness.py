@@ -1,13 +1,17 @@
 """The extension's bindings and kernels over a software model of a Hopper GPU, on CPU memory.
 
 model = harness.load()                       # the functions of deepseek_kernels._C, and configure, alloc, free
-with harness.Arena(model) as arena:          # tensors between guard pages, filled with NaN
-    x = arena.copy("x", torch.randn(3, 5))
-    model.configure(seed=7, bug="stage_released_early")
-    model.fp8_quantize(x=x.data_ptr(), ...)  # what goes wrong is a RuntimeError that says where
+guarded = harness.Guarded(model)             # makes tensors between guard pages, filled with NaN
+x = guarded.copy("x", torch.randn(3, 5))
+model.configure(seed=7)
+model.fp8_quantize(x=x.data_ptr(), ...)      # what goes wrong is a RuntimeError that says where
 
 with harness.model_extension(seed=7):        # the ops of deepseek_kernels themselves run on the model
     deepseek_kernels.fp8_quantize(x)
+
+A kernel's tests in the model are tests/test_<op>_on_model.py: a `model` fixture that yields harness.load_or_skip(), a
+function that runs the kernel and checks the result, a test of it over shapes and harness.SEEDS, and one test that calls
+harness.assert_caught(run, bug) for every BUG(name) of the kernel. test_hopper_model.py finds bugs without a test.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "hopper_model"
+FULL = os.environ.get("DEEPSEEK_KERNELS_FULL_TEST") == "1"
+SEEDS = range(1, 101 if FULL else 9)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as the bindings number them
 
 RULES = """
 rule cxx
@@ -134,6 +141,31 @@ def load():
     return module
 
 
+def load_or_skip():
+    """load(), or a skipped test."""
+    import pytest
+
+    try:
+        return load()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def assert_caught(run, bug: str, seeds=SEEDS, **settings) -> None:
+    """With the bug planted, `run()` raises under at least one schedule; without it, it does not."""
+    model = load()
+    for seed in seeds:
+        model.configure(seed=seed, bug=bug, **settings)
+        try:
+            run()
+        except (RuntimeError, AssertionError):
+            break
+    else:
+        raise AssertionError(f"{bug} went unnoticed under {len(seeds)} schedules")
+    model.configure(seed=1, **settings)
+    run()
+
+
 class Guarded:
     """Makes tensors in the model's guarded memory: a byte past the end is reported, unwritten bytes are NaN.
 
@@ -162,6 +194,20 @@ class Guarded:
         target = self.empty(name, source.shape, source.dtype, stride=stride, offset=offset)
         target.view(_bits(source.dtype)).copy_(source.view(_bits(source.dtype)))
         return target
+
+
+def hostile(shape, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Rows of very different magnitude, with a negative zero, a NaN and an infinity."""
+    x = torch.randn(shape, generator=generator) * 10 ** torch.randint(-5, 4, (shape[0], 1), generator=generator).float()
+    x[:, :2] = -0.0
+    x[x.shape[0] // 2, x.shape[1] // 2] = float("nan")
+    x[-1, -1] = -float("inf")
+    return x.to(dtype)
+
+
+def mn_major(rows: int) -> tuple[int, int]:
+    """The strides of MN-major scales."""
+    return 1, -(-rows // 4) * 4
 
 
 def _bits(dtype: torch.dtype) -> torch.dtype:

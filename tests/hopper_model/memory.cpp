@@ -67,19 +67,31 @@ std::string overrun() {
   return report;
 }
 
-TensorMap make_tensor_map_2d(const void* base, uint32_t elem, uint64_t inner, uint64_t outer, uint64_t stride,
-                             uint32_t bi, uint32_t bo, uint32_t sw) {
+void open_global(bool open) {
+  for (auto& r : g_regions) mprotect(r.map + kGuard, r.len - 2 * kGuard, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+  g->global_open = open;
+}
+
+TensorMap make_tensor_map(int rank, const void* base, uint32_t elem, const std::array<int64_t, 3>& size,
+                          const std::array<int64_t, 2>& stride, const std::array<int, 3>& box, uint32_t swizzle) {
   auto need = [](bool ok, const char* what) {
     if (!ok) throw std::runtime_error(std::string("tensor map: ") + what);
   };
   need(reinterpret_cast<uintptr_t>(base) % 16 == 0, "global address not a multiple of 16");
-  need(stride % 16 == 0 && stride >= inner * elem, "row stride not a multiple of 16, or shorter than a row");
-  need(bi && bo && bi <= 256 && bo <= 256, "box side not in 1..256");
-  need(bi * elem % 16 == 0, "inner box bytes not a multiple of 16");
-  need(sw == 0 || bi * elem <= sw, "inner box wider than the swizzle span");
-  need(sw == 0 || bi * elem == sw, "inner box narrower than the swizzle span: not modelled");
-  need(inner && outer, "empty tensor");
-  return {static_cast<char*>(const_cast<void*>(base)), {inner, outer}, stride, elem, {bi, bo}, sw};
+  for (int i = 0; i < rank; ++i) {
+    need(size[i] >= 1 && size[i] <= int64_t(1) << 32, "a size not in 1..2^32");
+    need(box[i] >= 1 && box[i] <= 256, "box side not in 1..256");
+  }
+  need(stride[0] % 16 == 0 && stride[0] >= size[0] * elem, "row stride not a multiple of 16, or shorter than a row");
+  need(rank == 2 || stride[1] % 16 == 0, "stride between matrices not a multiple of 16");
+  for (int i = 0; i < rank - 1; ++i) need(stride[i] >= 0 && stride[i] < int64_t(1) << 40, "a stride not below 2^40");
+  TensorMap map{static_cast<char*>(const_cast<void*>(base)), rank, {}, {}, elem, {}, swizzle};
+  for (int i = 0; i < 3; ++i) map.size[i] = uint64_t(size[i]), map.box[i] = uint32_t(box[i]);
+  for (int i = 0; i < 2; ++i) map.stride[i] = uint64_t(stride[i]);
+  need(map.row_bytes() % 16 == 0, "inner box bytes not a multiple of 16");
+  need(swizzle == 0 || map.row_bytes() <= swizzle, "inner box wider than the swizzle span");
+  need(swizzle == 0 || map.row_bytes() == swizzle, "inner box narrower than the swizzle span: not modelled");
+  return map;
 }
 
 uint32_t smem_addr(const void* p) {

@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,8 +26,12 @@ extern dim3 blockDim, gridDim;
 namespace model_types {
 struct TensorMap {
   char* base;
-  uint64_t size[2], stride;        // elements; bytes between rows
-  uint32_t elem, box[2], swizzle;  // swizzle: 0, 32, 64, 128 bytes
+  int rank;
+  uint64_t size[3], stride[2];     // elements; bytes between rows, between matrices
+  uint32_t elem, box[3], swizzle;  // swizzle: 0, 32, 64, 128 bytes
+  uint32_t rows() const { return box[1] * box[2]; }
+  uint32_t row_bytes() const { return box[0] * elem; }
+  uint32_t bytes() const { return rows() * row_bytes(); }
 };
 }  // namespace model_types
 
@@ -51,6 +56,7 @@ struct Launch {
   dim3 grid;
   unsigned threads = 128, cluster = 1;
   size_t smem = 0;
+  bool dependent = false;
 };
 // "" or what went wrong.
 std::string run(const Launch& launch, const std::function<void()>& thread_body);
@@ -64,9 +70,10 @@ extern Statistics statistics;
 void* alloc_global(size_t bytes, const std::string& name);
 void free_global(void* p);
 
-// Stands in for cuTensorMapEncodeTiled (2-D); throws where the driver would refuse.
-TensorMap make_tensor_map_2d(const void* base, uint32_t elem_bytes, uint64_t inner, uint64_t outer,
-                             uint64_t stride_bytes, uint32_t box_inner, uint32_t box_outer, uint32_t swizzle_bytes);
+// Stands in for cuTensorMapEncodeTiled; throws where the driver would refuse. Innermost dimension first.
+TensorMap make_tensor_map(int rank, const void* base, uint32_t elem_bytes, const std::array<int64_t, 3>& size,
+                          const std::array<int64_t, 2>& stride_bytes, const std::array<int, 3>& box,
+                          uint32_t swizzle_bytes);
 
 // What sm90.cuh calls.
 uint8_t* dynamic_smem();
@@ -81,10 +88,14 @@ void fence_barrier_init();
 void fence_proxy_async();
 void cp_async(void* dst, const void* src, uint32_t bytes, uint32_t valid_bytes);
 void cp_async_mbarrier_arrive(uint64_t* bar);
-void tma_load_2d(void* dst, const TensorMap& map, uint64_t* bar, int x, int y, uint16_t multicast_mask);
-void tma_store_2d(const void* src, const TensorMap& map, int x, int y);
+using Corner = std::array<int, 3>;
+void tma_load(int rank, void* dst, const TensorMap& map, uint64_t* bar, const Corner& corner, uint16_t multicast_mask);
+void tma_store(int rank, const void* src, const TensorMap& map, const Corner& corner, bool add);
 void tma_store_commit();
 void tma_store_wait(int n);
+void stmatrix(int count, bool transposed, void* row, const std::array<uint32_t, 4>& registers);
+void grid_dependency_wait();
+void grid_dependency_launch();
 enum Type { E4M3, BF16 };
 void wgmma_fence();
 void wgmma_commit();

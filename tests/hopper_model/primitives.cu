@@ -37,20 +37,29 @@ class Buffer {
   size_t count_;
 };
 
-template <class... Params, class... Arguments>
-void record(const std::string& name, void (*kernel)(uint8_t*, Params...), int ctas, int threads, int cluster,
-            const Arguments&... arguments) {
-  Buffer<uint8_t> out(kBytes, 0xCC);
+void write_file(const std::string& name, const Buffer<uint8_t>& data) {
+  std::ofstream(g_folder + "/" + name + ".bin", std::ios::binary)
+      .write(reinterpret_cast<char*>(data.data()), std::streamsize(data.size()));
+}
+
+LaunchConfig config_of(int ctas, int threads, int cluster) {
   LaunchConfig config{};
   config.grid_x = ctas;
   config.threads = threads;
   config.cluster = cluster;
   config.smem = 96 * 1024;
-  launch(kernel, config, out.data(), arguments...);
+  return config;
+}
+
+template <class... Params, class... Arguments>
+void record(const std::string& name, void (*kernel)(uint8_t*, Params...), int ctas, int threads, int cluster,
+            const Arguments&... arguments) {
+  Buffer<uint8_t> out(kBytes, 0xCC);
+  launch(kernel, config_of(ctas, threads, cluster), out.data(), arguments...);
 #if defined(__CUDACC__)
   DSK_CUDA_CHECK(cudaDeviceSynchronize());
 #endif
-  std::ofstream(g_folder + "/" + name + ".bin", std::ios::binary).write(reinterpret_cast<char*>(out.data()), kBytes);
+  write_file(name, out);
 }
 
 struct Shared {
@@ -120,6 +129,92 @@ __global__ void tma_store(uint8_t* out, const __grid_constant__ TensorMap map) {
     tma_store_wait<0>();
     out[0] = 1;
   }
+}
+
+// Three dimensions: boxes of 8 rows of 2 matrices.
+DEVICE_FN int batch_corner(int c, int dimension) {
+  constexpr int corners[4][3] = {{0, 0, 0}, {0, 3, 2}, {64, -2, -1}, {-32, 7, 1}};
+  return corners[c][dimension];
+}
+
+__global__ void tma_load_3d(uint8_t* out, const __grid_constant__ TensorMap map) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  for (int c = 0; c < 4; ++c) {
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_and_expect_tx(&s.bar[0], 2 * 8 * 128);
+      sm90::tma_load_3d(s.a, map, &s.bar[0], batch_corner(c, 0), batch_corner(c, 1), batch_corner(c, 2));
+    }
+    mbarrier_wait(&s.bar[0], c & 1);
+    for (int i = threadIdx.x; i < 2 * 8 * 128; i += blockDim.x)
+      out[c * 2 * 8 * 128 + i] = s.a[swizzled_offset(i / 128, i % 128, 128)];
+    __syncthreads();
+  }
+}
+
+__global__ void tma_load_3d_multicast(uint8_t* out, const __grid_constant__ TensorMap map) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  cluster_sync();
+  const int rank = int(cluster_rank());
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_and_expect_tx(&s.bar[0], 2 * 2 * 8 * 128);
+    sm90::tma_load_3d_multicast(s.a + rank * 2 * 8 * 128, map, &s.bar[0], 0, rank, rank, 3);
+  }
+  mbarrier_wait_cluster(&s.bar[0], 0);
+  for (int i = threadIdx.x; i < 2 * 2 * 8 * 128; i += blockDim.x) out[rank * 2 * 2 * 8 * 128 + i] = s.a[i];
+  cluster_sync();
+}
+
+// kReduce: adds what it would store.
+template <bool kReduce, int kRank>
+__global__ void tma_store_floats(uint8_t* out, const __grid_constant__ TensorMap map) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  for (int i = threadIdx.x; i < 2 * 8 * 32; i += blockDim.x)
+    *reinterpret_cast<float*>(s.a + swizzled_offset(i / 32, i % 32 * 4, 128)) = float(i) * 0.25f;
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int c = 0; c < 4; ++c) {
+      const int x = batch_corner(c, 0) / 4, y = batch_corner(c, 1), z = batch_corner(c, 2);
+      if constexpr (kRank == 2) {
+        tma_reduce_add_2d(s.a, map, x, y);
+      } else if constexpr (kReduce) {
+        tma_reduce_add_3d(s.a, map, x, y, z);
+      } else {
+        if (c < 2) tma_store_3d(s.a, map, x, y, z);  // these do not overlap
+      }
+      tma_store_commit();
+    }
+    tma_store_wait<0>();
+    out[0] = 1;
+  }
+}
+
+template <int kCount, bool kTransposed>
+__global__ void stmatrix(uint8_t* out) {
+  DYNAMIC_SMEM(raw);
+  for (int i = threadIdx.x; i < 1024; i += blockDim.x) raw[i] = 0;
+  __syncwarp();
+  uint32_t r[4];
+  for (uint32_t i = 0; i < 4; ++i) r[i] = threadIdx.x * 2 + i * 256 + ((threadIdx.x * 2 + 1 + i * 256) << 16);
+  uint8_t* row = raw + (31 - threadIdx.x) * 32;
+  if constexpr (kCount == 4) {
+    kTransposed ? stmatrix_x4_trans(row, r[0], r[1], r[2], r[3]) : stmatrix_x4(row, r[0], r[1], r[2], r[3]);
+  } else {
+    kTransposed ? stmatrix_x2_trans(row, r[0], r[1]) : stmatrix_x2(row, r[0], r[1]);
+  }
+  __syncwarp();
+  for (int i = threadIdx.x; i < 1024; i += blockDim.x) out[i] = raw[i];
+}
+
+// A chain of kernels, each of which may start while the one before still runs.
+__global__ void next_in_chain(uint8_t* out, uint32_t* value) {
+  grid_dependency_launch();
+  grid_dependency_wait();
+  if (threadIdx.x == 0) value[blockIdx.x] = value[blockIdx.x] * 3 + blockIdx.x;
+  out[0] = 1;
 }
 
 __global__ void cp_async(uint8_t* out, const uint8_t* in) {
@@ -252,6 +347,50 @@ TensorMap map_of(Element element, const void* p, int64_t inner, int64_t outer, i
   return tensor_map_2d(p, {element, inner, outer, inner, box_inner, box_outer, swizzle});
 }
 
+void run_3d() {
+  Buffer<uint8_t> bytes(3 * 10 * 128 + 2 * 64);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = uint8_t(i * 37 + i / 128);
+  const TensorMap map =
+      tensor_map_3d(bytes.data(), {Element::kE4m3, 128, 10, 3, 128, 10 * 128 + 64, 128, 8, 2, Swizzle::k128});
+  record("tma_load_3d", ::tma_load_3d, 1, 128, 1, map);
+  record("tma_load_3d_multicast", ::tma_load_3d_multicast, 2, 128, 2, map);
+}
+
+void run_reductions() {
+  auto filled = [](int fill) { return Buffer<uint8_t>(3 * 10 * 32 * 4, fill); };
+  auto map = [](const Buffer<uint8_t>& x) {
+    return tensor_map_3d(x.data(), {Element::kFp32, 32, 10, 3, 32, 10 * 32, 32, 8, 2, Swizzle::k128});
+  };
+  Buffer<uint8_t> stored = filled(0), added = filled(0), rows = filled(0);
+  record("tma_store_3d", tma_store_floats<false, 3>, 1, 128, 1, map(stored));
+  record("tma_reduce_add_3d", tma_store_floats<true, 3>, 1, 128, 1, map(added));
+  record("tma_reduce_add_2d", tma_store_floats<true, 2>, 2, 128, 1,
+         map_of(Element::kFp32, rows.data(), 32, 30, 32, 16, Swizzle::k128));
+  write_file("tma_stored_3d", stored);
+  write_file("tma_reduced_3d", added);
+  write_file("tma_reduced_2d", rows);
+}
+
+void run_stmatrix() {
+  record("stmatrix_x2", ::stmatrix<2, false>, 1, 32, 1);
+  record("stmatrix_x2_trans", ::stmatrix<2, true>, 1, 32, 1);
+  record("stmatrix_x4", ::stmatrix<4, false>, 1, 32, 1);
+  record("stmatrix_x4_trans", ::stmatrix<4, true>, 1, 32, 1);
+}
+
+void run_dependent_launch() {
+  Buffer<uint8_t> values(64 * 4, 1), out(1);
+  LaunchConfig config = config_of(64, 32, 1);
+  for (int i = 0; i < 20; ++i) {
+    config.dependent = i > 0;
+    launch(next_in_chain, config, out.data(), reinterpret_cast<uint32_t*>(values.data()));
+  }
+#if defined(__CUDACC__)
+  DSK_CUDA_CHECK(cudaDeviceSynchronize());
+#endif
+  write_file("dependent_launches", values);
+}
+
 void run_all() {
   Buffer<uint8_t> bytes(40 * 128);
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = uint8_t(i * 37 + i / 128);
@@ -266,8 +405,11 @@ void run_all() {
   record("tma_store_128", tma_store<128>, 1, 128, 1,
          map_of(Element::kE4m3, stored.data(), 128, 40, 128, 32, Swizzle::k128));
   record("tma_store_32", tma_store<32>, 1, 128, 1, map_of(Element::kBf16, stored.data(), 64, 40, 16, 32, Swizzle::k32));
-  std::ofstream(g_folder + "/tma_stored.bin", std::ios::binary)
-      .write(reinterpret_cast<char*>(stored.data()), std::streamsize(stored.size()));
+  write_file("tma_stored", stored);
+  run_3d();
+  run_reductions();
+  run_stmatrix();
+  run_dependent_launch();
 
   record("mbarrier_across_cluster", mbarrier_across_cluster, 2, 128, 2);
   record("named_barriers", named_barriers, 1, 128, 1);

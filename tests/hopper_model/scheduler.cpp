@@ -70,6 +70,7 @@ void new_stalls() {
 }
 
 void cta_exit(Cta* c) {
+  if (!c->global_allowed) fail("CTA of a dependent launch exits without grid_dependency_wait");
   for (auto& e : g->events) {
     if (e.cta != c) continue;
     if (e.kind == Event::Load) fail("CTA exits while a TMA load into %s is in flight", name_of(c, e.dst).c_str());
@@ -112,7 +113,10 @@ void on_segv(int signal, siginfo_t* info, void*) {
     const Fiber* f = g->cur;
     g->report =
         f ? str("CTA (%u,%u) thread %d", f->cta->block.x, f->cta->block.y, f->tid) : std::string("asynchronous unit");
-    g->report += ": bad global access, " + describe_address(info->si_addr);
+    if (!g->global_open)
+      g->report += ": global access before grid_dependency_wait in a dependent launch";
+    else
+      g->report += ": bad global access, " + describe_address(info->si_addr);
   }
   siglongjmp(g_escape, 1);
 }
@@ -180,6 +184,7 @@ void run_cluster(unsigned first_block) {
     memset(cta->smem, 0xFF, c.smem + kSmemSlack);  // NaN in e4m3, bf16 and fp32
     memset(cta->async_view, 0xFF, c.smem);
     cta->live = nthreads;
+    cta->global_allowed = !c.dependent;
     cta->wgs.resize((nthreads + 127) / 128);
     cta->warps.resize((nthreads + 31) / 32);
     for (unsigned w = 0; w < (nthreads + 31) / 32; ++w)
@@ -207,6 +212,7 @@ void run_cluster(unsigned first_block) {
     if (g->ready.empty() && g->events.empty() && !g->held.empty()) new_stalls();
     if ((!g->events.empty()) && (g->ready.empty() || int(g->rnd(1024)) < g->async_rate)) {
       g->cur = nullptr;
+      if (!g->global_open) open_global(true);
       run_event(g->rnd(g->events.size()));
       continue;
     }
@@ -226,6 +232,7 @@ void run_cluster(unsigned first_block) {
     g->ready[i] = g->ready.back();
     g->ready.pop_back();
     g->cur = f;
+    if (f->cta->global_allowed != g->global_open) open_global(f->cta->global_allowed);
     threadIdx = uint3{unsigned(f->tid), 0, 0};
     blockIdx = f->cta->block;
     ++statistics.switches;
@@ -318,6 +325,7 @@ std::string run(const Launch& launch, const std::function<void()>& body) {
     if (sigsetjmp(g_escape, 1) == 0) run_cluster(b);
     if (!g->report.empty()) break;
   }
+  if (!g->global_open) open_global(true);
   std::string report = std::move(g->report);
   g = nullptr;
   delete sim;

@@ -67,7 +67,8 @@ struct Store {
   uint32_t lo, hi;
   Cta* cta;
   TensorMap map;
-  int x, y;
+  Corner corner;
+  bool add;
   std::vector<uint8_t> copy;
   Fiber* owner;
 };
@@ -101,6 +102,7 @@ struct Cta {
   uint3 block;
   uint8_t *smem, *async_view;  // what plain accesses see; what TMA and wgmma see (equal after fence_proxy_async)
   int live;
+  bool global_allowed;  // a dependent launch: a thread of it has called grid_dependency_wait
   std::map<uint32_t, Barrier> bars;
   std::map<uint32_t, std::string> names;
   NamedBarrier named[16];
@@ -112,7 +114,8 @@ struct Event {  // something asynchronous that may happen now
   enum { Load, StoreRead, Wgmma, Copies } kind;
   Cta* cta = nullptr;
   TensorMap map = {};
-  int x = 0, y = 0, row0 = 0, row1 = 0;
+  Corner corner = {};
+  uint32_t row0 = 0, row1 = 0;
   uint32_t dst = 0, bar = 0;
   WarpGroup* wg = nullptr;
   int warp = 0;
@@ -133,6 +136,7 @@ struct Sim {
   NamedBarrier cluster;
   Fiber* cur = nullptr;
   void* main_sp = nullptr;
+  bool global_open = true;
   int live = 0, async_rate = 64, prio_rate = 0, yield_rate = 4;
   std::string report;
   uint64_t rnd(uint64_t n) { return rng() % n; }
@@ -150,7 +154,8 @@ void wake(Waiters& w);
 
 // memory.cpp
 std::string describe_address(const void* p);
-std::string overrun();  // "" or which buffer's surroundings a launch has written
+std::string overrun();        // "" or which buffer's surroundings a launch has written
+void open_global(bool open);  // otherwise every access faults
 std::string name_of(Cta* c, uint32_t a);
 uint32_t swizzled(uint32_t a, uint32_t span);
 void check_smem(uint32_t lo, uint32_t hi, const char* what);

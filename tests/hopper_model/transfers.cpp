@@ -38,34 +38,48 @@ void complete_tx(Cta* c, uint32_t addr, uint32_t bytes) {
 }
 }  // namespace
 
+// Element x of row `row` of a box in global memory; nullptr outside the tensor.
+static char* element(const TensorMap& map, const Corner& corner, uint32_t row, uint32_t i) {
+  const int64_t at[] = {int64_t(corner[0]) + i, int64_t(corner[1]) + row % map.box[1],
+                        int64_t(corner[2]) + row / map.box[1]};
+  for (int d = 0; d < map.rank; ++d)
+    if (at[d] < 0 || uint64_t(at[d]) >= map.size[d]) return nullptr;
+  return map.base + at[2] * map.stride[1] + at[1] * map.stride[0] + at[0] * map.elem;
+}
+
+static void check_global_allowed(const char* what) {
+  if (!g->cur->cta->global_allowed) fail("%s before grid_dependency_wait in a dependent launch", what);
+}
+
 void run_load(Event& e) {
-  const uint32_t row_bytes = e.map.box[0] * e.map.elem;
-  for (int r = e.row0; r < e.row1; ++r)
-    for (uint32_t i = 0; i < e.map.box[0]; i += 16 / e.map.elem) {
+  const TensorMap& map = e.map;
+  for (uint32_t r = e.row0; r < e.row1; ++r)
+    for (uint32_t i = 0; i < map.box[0]; i += 16 / map.elem) {
       uint8_t chunk[16] = {};
-      for (uint32_t j = 0; j < 16 / e.map.elem; ++j) {
-        const int64_t x = int64_t(e.x) + i + j, y = int64_t(e.y) + r;
-        if (x >= 0 && y >= 0 && uint64_t(x) < e.map.size[0] && uint64_t(y) < e.map.size[1])
-          memcpy(chunk + j * e.map.elem, e.map.base + y * e.map.stride + x * e.map.elem, e.map.elem);
-      }
-      const uint32_t a = swizzled(e.dst + r * row_bytes + i * e.map.elem, e.map.swizzle) - kSmemBase;
+      for (uint32_t j = 0; j < 16 / map.elem; ++j)
+        if (const char* p = element(map, e.corner, r, i + j)) memcpy(chunk + j * map.elem, p, map.elem);
+      const uint32_t a = swizzled(e.dst + r * map.row_bytes() + i * map.elem, map.swizzle) - kSmemBase;
       memcpy(e.cta->smem + a, chunk, 16);
       memcpy(e.cta->async_view + a, chunk, 16);
     }
-  complete_tx(e.cta, e.bar, (e.row1 - e.row0) * row_bytes);
+  complete_tx(e.cta, e.bar, (e.row1 - e.row0) * map.row_bytes());
 }
 
 void run_store(Event& e) {
   Store& s = *e.store;
-  const uint32_t row_bytes = s.map.box[0] * s.map.elem;
+  const TensorMap& map = s.map;
   if (settings.hazard_checks && memcmp(s.copy.data(), e.cta->smem + s.lo - kSmemBase, s.hi - s.lo))
     fail("source of a TMA store (smem+0x%x) was overwritten before the store had read it", s.lo - kSmemBase);
-  for (uint32_t r = 0; r < s.map.box[1]; ++r)
-    for (uint32_t i = 0; i < s.map.box[0]; ++i) {
-      const int64_t x = int64_t(s.x) + i, y = int64_t(s.y) + r;
-      const uint32_t a = swizzled(s.lo + r * row_bytes + i * s.map.elem, s.map.swizzle) - kSmemBase;
-      if (x >= 0 && y >= 0 && uint64_t(x) < s.map.size[0] && uint64_t(y) < s.map.size[1])
-        memcpy(s.map.base + y * s.map.stride + x * s.map.elem, e.cta->async_view + a, s.map.elem);
+  for (uint32_t r = 0; r < map.rows(); ++r)
+    for (uint32_t i = 0; i < map.box[0]; ++i) {
+      char* p = element(map, s.corner, r, i);
+      if (!p) continue;
+      const uint8_t* q =
+          e.cta->async_view + swizzled(s.lo + r * map.row_bytes() + i * map.elem, map.swizzle) - kSmemBase;
+      if (s.add)
+        *reinterpret_cast<float*>(p) += *reinterpret_cast<const float*>(q);
+      else
+        memcpy(p, q, map.elem);
     }
   s.done = true;
   wake(s.owner->store_waiters);
@@ -137,6 +151,7 @@ void cp_async(void* dst, const void* src, uint32_t bytes, uint32_t valid_bytes) 
     fail("cp_async: an address is not a multiple of %u", bytes);
   if (valid_bytes > bytes) fail("cp_async: %u of %u bytes are valid", valid_bytes, bytes);
   check_smem(d, d + bytes, "cp_async");
+  check_global_allowed("cp_async");
   memset(dst, 0xFF, bytes);  // NaN until waited for
   g->cur->copies.push_back({d, bytes, valid_bytes, src});
 }
@@ -151,19 +166,25 @@ void cp_async_mbarrier_arrive(uint64_t* bar) {
   maybe_yield();
 }
 
-void tma_load_2d(void* dst, const TensorMap& map, uint64_t* bar, int x, int y, uint16_t mask) {
+static void check_tma(int rank, const TensorMap& map, uint32_t smem, const char* what) {
+  if (map.rank != rank) fail("%s of %d dimensions through a tensor map of %d", what, rank, map.rank);
+  if (smem % 128) fail("%s: smem+0x%x is not a multiple of 128", what, smem - kSmemBase);
+  check_smem(smem, smem + map.bytes(), what);
+  check_global_allowed(what);
+}
+
+void tma_load(int rank, void* dst, const TensorMap& map, uint64_t* bar, const Corner& corner, uint16_t mask) {
   maybe_yield();
-  const uint32_t d = smem_addr(dst), b = smem_addr(bar), bytes = map.box[0] * map.box[1] * map.elem;
+  const uint32_t d = smem_addr(dst), b = smem_addr(bar), bytes = map.bytes();
   Cta* self = g->cur->cta;
   if (mask == 0) mask = uint16_t(1u << self->rank);
-  if (d % 128) fail("tma_load_2d: destination smem+0x%x not a multiple of 128", d - kSmemBase);
-  check_smem(d, d + bytes, "tma_load_2d");
+  check_tma(rank, map, d, "TMA load");
   for (unsigned r = 0; r < 16; ++r) {
     if (!(mask >> r & 1)) continue;
-    if (r >= g->ctas.size()) fail("tma_load_2d: multicast mask 0x%x names no CTA of the cluster", mask);
+    if (r >= g->ctas.size()) fail("TMA load: multicast mask 0x%x names no CTA of the cluster", mask);
     Cta* c = g->ctas[r].get();
     if (c->live == 0) fail("multicast into CTA rank %u, which has exited", r);
-    if (!barrier(c, b, "tma_load_2d").fenced)
+    if (!barrier(c, b, "TMA load").fenced)
       fail("TMA uses %s, but its init was not followed by fence_barrier_init", name_of(c, b).c_str());
     if (settings.hazard_checks) {
       for (auto& wg : c->wgs)
@@ -180,26 +201,27 @@ void tma_load_2d(void* dst, const TensorMap& map, uint64_t* bar, int x, int y, u
         }
       for (auto& e : g->events) {
         if (e.cta != c) continue;
-        if (e.kind == Event::Load && overlap(d, d + bytes, e.dst, e.dst + e.map.box[0] * e.map.box[1] * e.map.elem))
+        if (e.kind == Event::Load && overlap(d, d + bytes, e.dst, e.dst + e.map.bytes()))
           fail("two TMA loads in flight into smem+0x%x of rank %u", d - kSmemBase, r);
         if (e.kind == Event::StoreRead && overlap(d, d + bytes, e.store->lo, e.store->hi))
           fail("early overwrite: TMA load into smem+0x%x, which a TMA store is still reading", d - kSmemBase);
       }
     }
-    const int rows = map.box[1], pieces = std::min(rows, 1 + int(g->rnd(4)));
-    for (int p = 0; p < pieces; ++p)
-      g->events.push_back({Event::Load, c, map, x, y, rows * p / pieces, rows * (p + 1) / pieces, d, b});
+    const uint32_t rows = map.rows(), pieces = std::min(rows, 1 + uint32_t(g->rnd(4)));
+    for (uint32_t p = 0; p < pieces; ++p)
+      g->events.push_back({Event::Load, c, map, corner, rows * p / pieces, rows * (p + 1) / pieces, d, b});
   }
   maybe_yield();
 }
-void tma_store_2d(const void* src, const TensorMap& map, int x, int y) {
+void tma_store(int rank, const void* src, const TensorMap& map, const Corner& corner, bool add) {
   maybe_yield();
+  const char* what = add ? "TMA reduction" : "TMA store";
   auto s = std::make_shared<Store>();
-  s->lo = smem_addr(src), s->hi = s->lo + map.box[0] * map.box[1] * map.elem;
-  s->cta = g->cur->cta, s->map = map, s->x = x, s->y = y, s->owner = g->cur;
-  if (s->lo % 128) fail("tma_store_2d: source smem+0x%x not a multiple of 128", s->lo - kSmemBase);
-  check_smem(s->lo, s->hi, "tma_store_2d");
-  check_fenced(s->cta, s->lo, s->hi, "tma_store_2d");
+  s->lo = smem_addr(src), s->hi = s->lo + map.bytes();
+  s->cta = g->cur->cta, s->map = map, s->corner = corner, s->add = add, s->owner = g->cur;
+  check_tma(rank, map, s->lo, what);
+  if (add && map.elem != 4) fail("TMA reduction of %u-byte elements: not modelled", map.elem);
+  check_fenced(s->cta, s->lo, s->hi, what);
   s->copy.assign(s->cta->smem + s->lo - kSmemBase, s->cta->smem + s->hi - kSmemBase);
   g->cur->stores.push_back(s);
   Event e{Event::StoreRead, s->cta};

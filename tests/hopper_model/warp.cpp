@@ -65,4 +65,30 @@ uint32_t ballot(uint32_t mask, bool vote) {
   return votes;
 }
 
+void stmatrix(int count, bool transposed, void* row, const std::array<uint32_t, 4>& registers) {
+  const int lane = g->cur->tid % 32, matrix = lane / 8, j = lane % 8;
+  uint32_t of[4][32];
+  for (int i = 0; i < count; ++i) {
+    const uint64_t* values = meet(~0u, registers[i]);
+    for (int l = 0; l < 32; ++l) of[i][l] = uint32_t(values[l]);
+  }
+  maybe_yield();
+  if (matrix >= count) return;
+  const uint32_t a = smem_addr(row);
+  if (a % 16) fail("stmatrix: row at smem+0x%x is not a multiple of 16", a - kSmemBase);
+  check_smem(a, a + 16, "stmatrix");
+  for (int column = 0; column < 8; ++column) {
+    const int held_row = transposed ? column : j, held_column = transposed ? j : column;
+    const uint16_t value = uint16_t(of[matrix][held_row * 4 + held_column / 2] >> (held_column % 2 * 16));
+    memcpy(static_cast<char*>(row) + column * 2, &value, 2);
+  }
+}
+
+void grid_dependency_wait() {
+  maybe_yield();
+  g->cur->cta->global_allowed = true;
+  if (!g->global_open) open_global(true);
+}
+void grid_dependency_launch() { maybe_yield(); }
+
 }  // namespace model

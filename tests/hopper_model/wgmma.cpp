@@ -149,8 +149,7 @@ void wgmma(Type t, int n, float* d, const uint32_t* a, uint64_t da, uint64_t db,
       check_fenced(c, r[0], r[1], w ? "wgmma operand B" : "wgmma operand A");
       if (settings.hazard_checks)
         for (auto& e : g->events)
-          if (e.cta == c && e.kind == Event::Load &&
-              overlap(e.dst, e.dst + e.map.box[0] * e.map.box[1] * e.map.elem, r[0], r[1]))
+          if (e.cta == c && e.kind == Event::Load && overlap(e.dst, e.dst + e.map.bytes(), r[0], r[1]))
             fail("wgmma reads operand %c at smem+0x%x while the TMA load into it (barrier %s) is in flight", "AB"[w],
                  r[0] - kSmemBase, name_of(c, e.bar).c_str());
     }
