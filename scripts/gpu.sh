@@ -3,9 +3,11 @@
 #
 #   scripts/gpu.sh [--fresh] [--quick]      or: make gpu
 #
-# Writes benchmarks/results/<gpu>/: benchmarks.jsonl, report.md, report.png, environment.json, tests.txt, memcheck.txt.
-# Takes at most BUDGET seconds (540). A second call on the same sources goes on where the first stopped; --fresh starts
-# over. Needs no network where pybind11 and ninja are installed. GPU settings are left as they are. A summary comes last.
+# Writes benchmarks/results/<gpu>/: benchmarks.jsonl, report.md, report.png, environment.json and a log of every stage.
+# Takes at most BUDGET seconds (540). A second call on the same sources goes on where the first stopped, also in the
+# middle of the tests; --fresh starts over. Needs no network where pybind11 and ninja are installed. PEERS names folders
+# with the sources of other packages (DeepGEMM, FlashMLA, ...), separated by colons: they are built into out/gpu/peers
+# and measured beside ours. GPU settings are left as they are. A summary comes last.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -17,7 +19,7 @@ for option in "$@"; do
   case $option in
     --fresh) fresh=1 ;;
     --quick) quick=--quick ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
   esac
 done
 
@@ -64,11 +66,27 @@ build() {
     "$python" -m deepseek_kernels info
 }
 
+# Every wrapper of the hardware in a kernel of its own, bit for bit against the software model: what fails here explains
+# what fails later.
+primitives() {
+  "$python" -m pytest -q -m gpu -k primitives -rf -p no:xdist tests/test_hopper_model.py
+}
+
+# What has passed is not run again after an interruption.
 tests() {
-  local workers=""
-  "$python" -c 'import xdist' 2>/dev/null && workers="-n 4"
+  local workers="" done=$state/passed.txt
+  "$python" -c 'import xdist' 2>/dev/null && workers="-n $(($(nproc) < 16 ? ($(nproc) + 1) / 2 : 8))"
+  touch "$done.new" && cat "$done.new" >> "$done" && : > "$done.new"
   # shellcheck disable=SC2086
-  "$python" -m pytest -q -m gpu --durations=5 -rf $workers
+  DEEPSEEK_KERNELS_TESTS_PASSED=$done "$python" -m pytest -q -m gpu --durations=5 -rf $workers
+}
+
+peers() {
+  local folder
+  while IFS= read -r -d: folder; do
+    [ -n "$folder" ] || continue
+    "$python" -m pip install -q --no-build-isolation --no-deps --target out/gpu/peers "$folder" && echo "$folder: 1 passed"
+  done <<< "${PEERS:-}:"
 }
 
 # The first sample of every op on every backend, with torch's allocator out of the way so that each tensor has its ends.
@@ -79,7 +97,7 @@ memcheck() {
   "$python" -m pytest --collect-only -q -m gpu tests/test_contract.py -k test_sample 2>/dev/null |
     awk -F'[][]' '/::/ { n = split($2, part, "-"); key = part[1] "-" part[n - 1]
                          if (part[n - 1] != "reference" && !seen[key]++) print }' > "$state/memcheck.cases"
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -a "$state/memcheck.cases" -d '\n' "$tool" --tool memcheck \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -r -a "$state/memcheck.cases" -d '\n' "$tool" --tool memcheck \
     --error-exitcode 9 --print-limit 20 "$python" -m pytest -q -p no:xdist
 }
 
@@ -93,7 +111,7 @@ benchmarks() {
 }
 
 environment() {
-  PYTHONPATH=benchmarks "$python" - "$results" "$state" <<'PY'
+  PYTHONPATH=benchmarks:$PYTHONPATH "$python" - "$results" "$state" <<'PY'
 import json, sys
 from pathlib import Path
 
@@ -104,17 +122,20 @@ from deepseek_kernels.__main__ import collect
 
 results, state = map(Path, sys.argv[1:])
 about = environment(torch.device("cuda", 0)) | {"command": "scripts/gpu.sh", "installation": collect()}
-about["exit_codes"] = {p.name: int(p.read_text()) for p in sorted(state.iterdir()) if p.suffix != ".cases"}
+about["exit_codes"] = {p.name: int(p.read_text()) for p in sorted(state.iterdir()) if not p.suffix}
 (results / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
 PY
 }
 
-export -f build tests memcheck benchmarks
+export -f build primitives tests memcheck peers benchmarks
 export python arch results state quick
 run=(bash -uo pipefail -c)
+export PYTHONPATH=$PWD/out/gpu/peers${PYTHONPATH:+:$PYTHONPATH}
 stage build 200 "${run[@]}" build
-stage tests 200 "${run[@]}" tests
+stage primitives 90 "${run[@]}" primitives
+stage tests 240 "${run[@]}" tests
 stage memcheck 90 "${run[@]}" memcheck
+[ -z "${PEERS:-}" ] || stage peers 300 "${run[@]}" peers
 measure=$(($(left) - 25))
 stage benchmarks $((measure + 15)) "${run[@]}" "benchmarks $measure"
 environment
@@ -122,8 +143,8 @@ environment
 
 echo
 echo "== $gpu, commit $commit, $SECONDS s"
-failed=0
-for name in build tests memcheck benchmarks; do
+failed=0 stages="build primitives tests memcheck ${PEERS:+peers} benchmarks"
+for name in $stages; do
   code=$(cat "$state/$name" 2>/dev/null || echo unfinished)
   detail=$(grep -E '^[0-9]+ (passed|failed)|^=+ .*(passed|failed)|ERROR SUMMARY|no compute-sanitizer|wrong or missing' \
     "$results/$name.txt" 2>/dev/null | tail -1)
