@@ -43,6 +43,7 @@ FULL_BUILD = Environment(
     extension_ops=_Everything(),
     extension_archs=frozenset({80, 90, 100}),
     torch_functions=_Everything(),
+    cuda=(13, 0),
     cpu_ops=_Everything(),
 )
 

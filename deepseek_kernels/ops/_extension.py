@@ -77,7 +77,18 @@ def environment() -> Environment:
     functions = frozenset(f for f in LIBRARY_MATMULS if hasattr(torch.nn.functional, f))
     compiled, _ = _load()
     cpu_ops = frozenset(compiled.cpu.ops) if compiled else frozenset()
-    return Environment(triton, interpret, ops, archs, _substitute is not None, error, functions, cpu_ops)
+    cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")))
+    return Environment(
+        triton=triton,
+        interpret=interpret,
+        extension_ops=ops,
+        extension_archs=archs,
+        on_model=_substitute is not None,
+        extension_error=error,
+        torch_functions=functions,
+        cuda=cuda,
+        cpu_ops=cpu_ops,
+    )
 
 
 def stream(tensor: torch.Tensor) -> int:

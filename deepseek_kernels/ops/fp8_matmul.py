@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..plan import fp8_matmul as plan
 from ..reference import fp8_matmul as reference
 from ..shapes import BLOCK, ceil_div
-from . import _allocate, _extension
+from . import _allocate, _extension, _scaled_mm
 from . import _checks as checks
 from ._registry import register
 
@@ -171,7 +171,22 @@ def _cuda(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
         out.copy_(d)
 
 
-def _torch(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
+def _torch(config, a, scale_a, b, scale_b, bias, out_dtype) -> torch.Tensor:
+    """The library's block-scaled matmul on a GPU, `F.linear` on a CPU."""
+    if not a.is_cuda or a.shape[0] * b.shape[0] == 0:
+        return _returning(_dequantize_and_multiply)(config, a, scale_a, b, scale_b, bias, out_dtype)
+    return _scaled_mm.product(a, scale_a, b, scale_b, bias, out_dtype or torch.bfloat16, _vector_rows)
+
+
+def _torch_out(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
+    if not a.is_cuda or out.numel() == 0:
+        return _dequantize_and_multiply(config, a, scale_a, b, scale_b, bias, out, accumulate)
+    dtype = torch.float32 if accumulate else out.dtype
+    product = _scaled_mm.product(a, scale_a, b, scale_b, bias, dtype, _vector_rows)
+    out.copy_(product.add_(out) if accumulate else product)
+
+
+def _dequantize_and_multiply(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     """`F.linear` in fp32 on 128 dequantised rows of b at a time: never more than that of it in memory."""
     if out.numel() == 0:
         return
@@ -210,7 +225,7 @@ def _cpu(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     )  # fmt: skip
 
 
-_INTO = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "torch": _torch}
+_INTO = {"cuda": _cuda, "triton": _triton, "cpu": _cpu}
 
 register(
     "fp8_matmul(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias=None, ScalarType? out_dtype=None) "
@@ -220,7 +235,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.fp8_matmul,
-    backends={backend: _returning(into) for backend, into in _INTO.items()},
+    backends={**{backend: _returning(into) for backend, into in _INTO.items()}, "torch": _torch},
 )
 register(
     "fp8_matmul.out(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias, Tensor(a!) out, "
@@ -230,5 +245,5 @@ register(
     plan=plan,
     fake=lambda *args: None,
     reference=reference.fp8_matmul_out,
-    backends=_INTO,
+    backends={**_INTO, "torch": _torch_out},
 )

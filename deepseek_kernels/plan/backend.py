@@ -29,6 +29,7 @@ class Environment:
     on_model: bool = False  # the compiled kernels are a software model that takes CPU tensors
     extension_error: str = ""
     torch_functions: frozenset[str] = frozenset()  # what torch.nn.functional has of LIBRARY_MATMULS
+    cuda: tuple[int, ...] = (0, 0)  # that torch was built with
     cpu_ops: frozenset[str] = frozenset()  # what the extension has for CPU tensors
 
 

@@ -6,7 +6,7 @@ from math import sqrt
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
-from .backend import Environment, cpu_reason, cuda_reason, triton_reason
+from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCALE_B_ROWS = {"128x128": BLOCK, "1x128": 1}
@@ -74,8 +74,43 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
         "cuda": _cuda(p, device, env),
         "triton": triton_reason(device, env),
         "cpu": _cpu(p, device, env),
-        "torch": "",
+        "torch": _torch(p, device, env),
     }
+
+
+LIBRARY_MIN_ROWS = 1024
+"""Rows from which torch's block-scaled matmul goes before Triton on compute capability 9.0."""
+
+
+def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
+    """Many rows on Hopper go to cuBLASLt before Triton: published measurements of large m have it at 1000 to 1240
+    TFLOP/s, between 1.1 times DeepGEMM and par, and straightforward Triton at a third of that; at 128 rows and fewer it
+    is the slowest (pytorch/ao#2784, vllm#49932). Only whole blocks, where no operand is padded or copied and the result
+    is written as it is asked for: that is what torch itself tests. A validated CUDA kernel goes before both."""
+    whole = p.m % 4 == p.n % BLOCK == p.k % BLOCK == 0
+    direct = not p.accumulate and (p.out_dtype, p.bias_dtype) in (
+        ("bfloat16", ""), ("bfloat16", "bfloat16"), ("float32", ""),
+    )  # fmt: skip
+    if device.arch == 90 and p.m >= LIBRARY_MIN_ROWS and whole and direct:
+        return ("cuda", "torch", "triton", "cpu", "reference")
+    return BACKENDS
+
+
+def _torch(p: Problem, device: DeviceSpec, env: Environment) -> str:
+    """On a GPU torch.nn.functional.scaled_mm, by the rules of torch and cuBLASLt for 1x128 and 128x128 scales."""
+    if device.kind == "cpu":
+        return ""
+    if "scaled_mm" not in env.torch_functions:
+        return "needs torch.nn.functional.scaled_mm (torch 2.10 or newer)"
+    if device.arch != 90:
+        return f"scaled_mm takes 128-wide blocks on compute capability 9.0 only, the device has {device.arch / 10:.1f}"
+    if env.cuda < (12, 9):
+        return f"scaled_mm takes 128-wide blocks from CUDA 12.9 on, this torch has {'.'.join(map(str, env.cuda))}"
+    if p.n % 16:
+        return f"scaled_mm needs n of a multiple of 16, got {p.n}"
+    if p.k == 0:
+        return "scaled_mm needs k of at least 16"
+    return ""
 
 
 def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
