@@ -97,8 +97,11 @@ def _ninja_file(cxx: str) -> str:
         return made
 
     model = objects((p for p in HERE.glob("*.cpp") if p.stem != "module"), "-O3")
-    module = objects([HERE / "module.cpp"], "-O1") + objects(ROOT.glob("csrc/*/launch.cu"), "-O2", "-x", "c++")
-    primitives = objects([HERE / "primitives.cu"], "-O1", "-x", "c++")
+    module = objects([HERE / "module.cpp"], "-O1")
+    # The sanitizer's calls tell the model of every plain access (shared_memory.cpp); its library is not linked.
+    kernels = ["-x", "c++", "-fsanitize=thread"]
+    module += objects(ROOT.glob("csrc/*/launch.cu"), "-O2", *kernels)
+    primitives = objects([HERE / "primitives.cu"], "-O1", *kernels)
     lines += [f"build {BUILD}/_C_model.so: link {' '.join(model + module)}", "  flags = -shared"]
     lines += [f"build {BUILD}/primitives: link {' '.join(model + primitives)}", ""]
     return "\n".join(lines)

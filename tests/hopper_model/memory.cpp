@@ -1,4 +1,4 @@
-// Guarded global memory, tensor maps, shared-memory addresses.
+// Guarded global memory and tensor maps.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -94,32 +94,4 @@ TensorMap make_tensor_map(int rank, const void* base, uint32_t elem, const std::
   return map;
 }
 
-uint32_t smem_addr(const void* p) {
-  const uint8_t* q = static_cast<const uint8_t*>(p);
-  Cta* c = g->cur->cta;
-  if (q < c->smem || q >= c->smem + g->launch.smem) fail("pointer is not into this CTA's shared memory");
-  return uint32_t(q - c->smem) + kSmemBase;
-}
-void debug_name(const void* p, const char* name, int i) { g->cur->cta->names[smem_addr(p)] = str("%s[%d]", name, i); }
-std::string name_of(Cta* c, uint32_t a) {
-  auto it = c->names.find(a);
-  return it != c->names.end() ? it->second : str("smem+0x%x", a - kSmemBase);
-}
-
-// 16-byte chunk index XOR 128-byte line index, over the absolute address.
-uint32_t swizzled(uint32_t a, uint32_t span) {
-  return span == 128  ? a ^ ((a >> 7 & 7) << 4)
-         : span == 64 ? a ^ ((a >> 7 & 3) << 4)
-         : span == 32 ? a ^ ((a >> 7 & 1) << 4)
-                      : a;
-}
-void check_smem(uint32_t lo, uint32_t hi, const char* what) {
-  if (lo < kSmemBase || hi > kSmemBase + g->launch.smem)
-    fail("%s touches shared memory [0x%x, 0x%x), outside the %zu bytes allocated", what, lo - kSmemBase, hi - kSmemBase,
-         g->launch.smem);
-}
-void check_fenced(Cta* c, uint32_t lo, uint32_t hi, const char* what) {
-  if (settings.hazard_checks && memcmp(c->smem + lo - kSmemBase, c->async_view + lo - kSmemBase, hi - lo))
-    fail("%s reads shared memory at 0x%x that plain stores wrote without fence_proxy_async", what, lo - kSmemBase);
-}
 }  // namespace model

@@ -40,9 +40,10 @@ using model_types::TensorMap;
 
 struct Settings {
   uint64_t seed = 1;
-  bool hazard_checks = true;   // false: hazards show only as wrong numbers
-  bool wgmma_per_warp = true;  // false: one warp's wgmma_wait vouches for its whole warpgroup (CUTLASS relies on that)
-  uint64_t bug = 0;            // bug_id of the planted bug
+  bool hazard_checks = true;    // false: hazards show only as wrong numbers
+  bool wgmma_per_warp = true;   // false: one warp's wgmma_wait vouches for its whole warpgroup (CUTLASS relies on that)
+  uint64_t bug = 0;             // bug_id of the planted bug
+  unsigned clusters_alive = 0;  // at once, at most; 0: 1 to 3, at random
 };
 extern Settings settings;
 
@@ -60,6 +61,9 @@ struct Launch {
 };
 // "" or what went wrong.
 std::string run(const Launch& launch, const std::function<void()>& thread_body);
+
+// What happened last in the last launch, a line each.
+std::string last_events(size_t lines);
 
 struct Statistics {
   uint64_t launches = 0, switches = 0, async_steps = 0;
@@ -109,6 +113,7 @@ uint32_t cluster_rank();
 bool elect_one();
 uint64_t shuffle(uint32_t mask, uint64_t v, int src_lane);  // warp rendezvous; returns the value of src_lane
 uint32_t ballot(uint32_t mask, bool vote);
+void atomic_access(void* p, size_t bytes);
 [[noreturn]] void fail(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 }  // namespace model
 
@@ -154,8 +159,10 @@ template <class T>
 void __stwb(T* p, T v) {
   *p = v;
 }
+// Out of sight of the compiler's sanitizer, which would call it a load and a store.
 template <class T>
-T atomicAdd(T* p, T v) {
+__attribute__((noinline, no_sanitize_thread)) T atomicAdd(T* p, T v) {
+  model::atomic_access(p, sizeof(T));
   const T old = *p;
   *p += v;
   return old;

@@ -8,10 +8,13 @@ PYBIND11_MODULE(_C_model, m) {
   deepseek_kernels::bind(m);
   m.def(
       "configure",
-      [](uint64_t seed, bool hazard_checks, bool wgmma_per_warp, const std::string& bug) {
-        model::settings = {seed, hazard_checks, wgmma_per_warp, bug.empty() ? 0 : model::bug_id(bug.c_str())};
+      [](uint64_t seed, bool hazard_checks, bool wgmma_per_warp, const std::string& bug, unsigned clusters_alive) {
+        model::settings = {seed, hazard_checks, wgmma_per_warp, bug.empty() ? 0 : model::bug_id(bug.c_str()),
+                           clusters_alive};
       },
-      py::kw_only(), "seed"_a = 1, "hazard_checks"_a = true, "wgmma_per_warp"_a = true, "bug"_a = "");
+      py::kw_only(), "seed"_a = 1, "hazard_checks"_a = true, "wgmma_per_warp"_a = true, "bug"_a = "",
+      "clusters_alive"_a = 0);
+  m.def("last_events", &model::last_events, "lines"_a = 30);
   m.def(
       "alloc",
       [](size_t bytes, const std::string& name) {

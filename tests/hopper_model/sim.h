@@ -12,9 +12,11 @@
 namespace model {
 
 constexpr uint32_t kSmemBase = 0x400;  // shared-window address of dynamic smem (the first KiB is reserved on sm_90)
-constexpr size_t kSmemMax = 227 * 1024;
+constexpr size_t kSmemMax = 227 * 1024, kSmemSlot = 256 * 1024, kSmemSlack = 4096;
+constexpr unsigned kSlots = 64;  // CTAs alive at once
 
 struct Cta;
+struct Cluster;
 struct Fiber;
 using Waiters = std::vector<Fiber*>;
 
@@ -57,6 +59,12 @@ struct Rendezvous {  // warp-wide collective for one lane mask
   uint64_t v[2][32];
   Waiters waiters;
 };
+struct Warp {
+  std::map<uint32_t, Rendezvous> meetings;  // by lane mask
+  int leader = 0;                           // elect_one's lane
+  int priority = 0;
+  bool stalled = false;
+};
 struct NamedBarrier {
   int need = 0, count = 0;
   uint64_t gen = 0;
@@ -65,7 +73,6 @@ struct NamedBarrier {
 struct Store {
   bool done = false;
   uint32_t lo, hi;
-  Cta* cta;
   TensorMap map;
   Corner corner;
   bool add;
@@ -83,7 +90,8 @@ struct Fiber {
   Cta* cta = nullptr;
   int tid = 0;
   bool exited = false;
-  std::string waiting;  // for the deadlock report
+  std::string waiting;                          // for the deadlock report
+  uint32_t unfenced_lo = ~0u, unfenced_hi = 0;  // its plain writes to shared memory since its last fence lie within
   // wgmma
   bool need_fence = true;
   uint64_t issued = 0;
@@ -96,19 +104,30 @@ struct Fiber {
   std::vector<size_t> store_groups;
   size_t stores_waited = 0;
   Waiters store_waiters;
+  Warp& warp();
 };
+// What a byte of shared memory is to the checks, where it is not a thread's unfenced plain write (1 + thread).
+enum Mark : uint16_t { kSettled = 0, kTmaInFlight = 0xFFFF, kCopyInFlight = 0xFFFE };
 struct Cta {
-  unsigned rank;
+  Cluster* cluster;
+  unsigned rank, slot;
   uint3 block;
   uint8_t *smem, *async_view;  // what plain accesses see; what TMA and wgmma see (equal after fence_proxy_async)
+  uint16_t* mark;              // a Mark or a writer, per byte
   int live;
-  bool global_allowed;  // a dependent launch: a thread of it has called grid_dependency_wait
+  bool global_allowed;  // false in a dependent launch until a thread of the CTA has called grid_dependency_wait
   std::map<uint32_t, Barrier> bars;
-  std::map<uint32_t, std::string> names;
   NamedBarrier named[16];
   std::vector<WarpGroup> wgs;
-  std::vector<std::map<uint32_t, Rendezvous>> warps;
-  std::vector<int> leader;  // elect_one's lane, per warp
+  std::vector<Warp> warps;
+};
+inline Warp& Fiber::warp() { return cta->warps[tid / 32]; }
+struct Cluster {
+  unsigned first_slot;
+  int live;  // threads
+  NamedBarrier barrier;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::vector<std::unique_ptr<Fiber>> fibers;
 };
 struct Event {  // something asynchronous that may happen now
   enum { Load, StoreRead, Wgmma, Copies } kind;
@@ -121,45 +140,61 @@ struct Event {  // something asynchronous that may happen now
   int warp = 0;
   std::shared_ptr<Store> store = nullptr;
   std::vector<Copy> copies = {};
+  Fiber* issuer = nullptr;
 };
 
 struct Sim {
   Launch launch;
   const std::function<void()>* body;
   std::mt19937_64 rng;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<std::unique_ptr<Cta>> ctas;
-  std::vector<Fiber*> ready, held;  // held: threads of warps that are stalled for now
+  std::vector<std::unique_ptr<Cluster>> clusters;  // alive
+  std::vector<unsigned> free_slots;                // of a cluster's first CTA
+  std::vector<Fiber*> ready, held;                 // held: threads of warps that are stalled for now
   std::vector<Event> events;
-  std::vector<int> warp_prio;
-  std::vector<char> stalled;  // per warp
-  NamedBarrier cluster;
   Fiber* cur = nullptr;
   void* main_sp = nullptr;
   bool global_open = true;
-  int live = 0, async_rate = 64, prio_rate = 0, yield_rate = 4;
+  int async_rate = 64, prio_rate = 0, yield_rate = 4;
+  uint64_t switches = 0, plain_accesses = 0;
   std::string report;
   uint64_t rnd(uint64_t n) { return rng() % n; }
 };
 extern Sim* g;
 
 // scheduler.cpp
-std::string str(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 void yield_now();
 inline void maybe_yield() {
   if (g->rnd(g->yield_rate) == 0) yield_now();
 }
 void block_on(Waiters& w, std::string why);
 void wake(Waiters& w);
+[[noreturn]] void stop();  // the launch ends here, with g->report
+
+// report.cpp
+std::string str(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
+std::string name_of(uint32_t address);
+std::string deadlock_report();
+void forget_events();
+// Remembers what happened, for the report of a failure; `what` is a literal, `address` of shared memory, or 0.
+void note(const Cta* c, int thread, const char* what, uint32_t address = 0, int64_t value = -1);
+inline void note(const char* what, uint32_t address = 0, int64_t value = -1) {
+  note(g->cur->cta, g->cur->tid, what, address, value);
+}
 
 // memory.cpp
 std::string describe_address(const void* p);
 std::string overrun();        // "" or which buffer's surroundings a launch has written
 void open_global(bool open);  // otherwise every access faults
-std::string name_of(Cta* c, uint32_t a);
+
+// shared_memory.cpp
+void place(Cta* c);  // its memory, filled with NaN
+void check_slack(Cta* c);
 uint32_t swizzled(uint32_t a, uint32_t span);
 void check_smem(uint32_t lo, uint32_t hi, const char* what);
-void check_fenced(Cta* c, uint32_t lo, uint32_t hi, const char* what);
+void set_mark(Cta* c, uint32_t lo, uint32_t hi, uint16_t mark);
+// Fails where an asynchronous unit would not see, or would disturb, what is being written.
+void check_settled(Cta* c, uint32_t lo, uint32_t hi, const char* what);
+void plain_write(Fiber* f, uint32_t lo, uint32_t hi);
 inline bool overlap(uint32_t lo, uint32_t hi, uint32_t lo2, uint32_t hi2) { return lo < hi2 && lo2 < hi; }
 
 // transfers.cpp, wgmma.cpp

@@ -8,15 +8,16 @@ namespace {
 
 Barrier& barrier(Cta* c, uint32_t addr, const char* what) {
   auto it = c->bars.find(addr);
-  if (it == c->bars.end()) fail("%s on %s, which is not initialised", what, name_of(c, addr).c_str());
+  if (it == c->bars.end()) fail("%s on %s, which is not initialised", what, name_of(addr).c_str());
   uint64_t tag;
   memcpy(&tag, c->smem + addr - kSmemBase, 8);
   if (tag != (0xBA221E2000000000ull | addr))
-    fail("%s on %s: the barrier object was overwritten", what, name_of(c, addr).c_str());
+    fail("%s on %s: the barrier object was overwritten", what, name_of(addr).c_str());
   return it->second;
 }
-void complete_phase_if_due(Barrier& b) {
+void complete_phase_if_due(Cta* c, uint32_t addr, Barrier& b) {
   if (b.pending != 0 || b.tx != 0) return;
+  note(c, -1, "completes phase of", addr, int64_t(b.phase));
   ++b.phase;
   b.pending = b.expected;
   wake(b.waiters);
@@ -24,17 +25,17 @@ void complete_phase_if_due(Barrier& b) {
 void arrive(Cta* c, uint32_t addr, int64_t tx) {
   Barrier& b = barrier(c, addr, "arrive");
   b.tx += tx;
-  if (b.tx > 0xFFFFF) fail("tx-count of %s exceeds 2^20-1", name_of(c, addr).c_str());
+  if (b.tx > 0xFFFFF) fail("tx-count of %s exceeds 2^20-1", name_of(addr).c_str());
   if (--b.pending < 0)
-    fail("%s: more arrivals in one phase than the %u it was initialised with (tx-count %ld)", name_of(c, addr).c_str(),
+    fail("%s: more arrivals in one phase than the %u it was initialised with (tx-count %ld)", name_of(addr).c_str(),
          b.expected, long(b.tx));
-  complete_phase_if_due(b);
+  complete_phase_if_due(c, addr, b);
 }
 void complete_tx(Cta* c, uint32_t addr, uint32_t bytes) {
   Barrier& b = barrier(c, addr, "complete_tx");
   b.tx -= bytes;
-  if (b.tx < -0xFFFFF) fail("tx-count of %s below -(2^20-1)", name_of(c, addr).c_str());
-  complete_phase_if_due(b);
+  if (b.tx < -0xFFFFF) fail("tx-count of %s below -(2^20-1)", name_of(addr).c_str());
+  complete_phase_if_due(c, addr, b);
 }
 }  // namespace
 
@@ -62,7 +63,10 @@ void run_load(Event& e) {
       memcpy(e.cta->smem + a, chunk, 16);
       memcpy(e.cta->async_view + a, chunk, 16);
     }
-  complete_tx(e.cta, e.bar, (e.row1 - e.row0) * map.row_bytes());
+  const uint32_t lo = e.dst + e.row0 * map.row_bytes(), hi = e.dst + e.row1 * map.row_bytes();
+  set_mark(e.cta, lo, hi, kSettled);
+  note(e.cta, -1, "TMA load lands: bytes of", e.dst, hi - lo);
+  complete_tx(e.cta, e.bar, hi - lo);
 }
 
 void run_store(Event& e) {
@@ -82,13 +86,16 @@ void run_store(Event& e) {
         memcpy(p, q, map.elem);
     }
   s.done = true;
+  note(e.cta, -1, s.add ? "TMA reduction has read" : "TMA store has read", s.lo);
   wake(s.owner->store_waiters);
 }
 void run_copies(Event& e) {
   for (const Copy& c : e.copies) {
     memset(e.cta->smem + c.dst - kSmemBase, 0, c.bytes);
     memcpy(e.cta->smem + c.dst - kSmemBase, c.src, c.valid);
+    plain_write(e.issuer, c.dst, c.dst + c.bytes);
   }
+  note(e.cta, e.issuer->tid, "cp.async landed, arrive on", e.bar);
   arrive(e.cta, e.bar, 0);
 }
 
@@ -99,26 +106,31 @@ void mbarrier_init(uint64_t* bar, uint32_t count) {
   b.expected = count, b.pending = count, b.owner = g->cur->tid;
   g->cur->cta->bars[a] = b;
   *bar = 0xBA221E2000000000ull | a;
+  note("mbarrier_init", a, count);
   maybe_yield();
 }
 void mbarrier_arrive(uint64_t* bar) {
   maybe_yield();
+  note("arrives on", smem_addr(bar));
   arrive(g->cur->cta, smem_addr(bar), 0);
   maybe_yield();
 }
 void mbarrier_arrive_cluster(uint64_t* bar, uint32_t rank) {
   maybe_yield();
-  if (rank >= g->ctas.size()) fail("cluster rank %u out of range", rank);
-  Cta* c = g->ctas[rank].get();
+  auto& ctas = g->cur->cta->cluster->ctas;
+  if (rank >= ctas.size()) fail("cluster rank %u out of range", rank);
+  Cta* c = ctas[rank].get();
   const uint32_t a = smem_addr(bar);
-  if (c->live == 0) fail("remote arrive on %s of CTA rank %u, which has exited", name_of(c, a).c_str(), rank);
+  if (c->live == 0) fail("remote arrive on %s of CTA rank %u, which has exited", name_of(a).c_str(), rank);
   if (c != g->cur->cta && c->bars.count(a) && !c->bars[a].fenced)
-    fail("remote arrive on %s of rank %u: no fence_barrier_init after its init", name_of(c, a).c_str(), rank);
+    fail("remote arrive on %s of rank %u: no fence_barrier_init after its init", name_of(a).c_str(), rank);
+  note("arrives for the CTA of a rank on", a, rank);
   arrive(c, a, 0);
   maybe_yield();
 }
 void mbarrier_arrive_and_expect_tx(uint64_t* bar, uint32_t bytes) {
   maybe_yield();
+  note("arrives, expecting bytes, on", smem_addr(bar), bytes);
   arrive(g->cur->cta, smem_addr(bar), bytes);
 }
 void mbarrier_wait(uint64_t* bar, uint32_t parity) {
@@ -128,18 +140,14 @@ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   maybe_yield();
   for (;;) {  // re-tested after waking: a thread that comes late can miss a phase, as on the device
     Barrier& b = barrier(c, a, "wait");
-    if ((b.phase & 1) != parity) return;
-    block_on(b.waiters, str("waits on %s parity %u", name_of(c, a).c_str(), parity));
+    if ((b.phase & 1) != parity) return note("is past parity of", a, parity);
+    note("waits for parity of", a, parity);
+    block_on(b.waiters, str("waits on %s parity %u", name_of(a).c_str(), parity));
   }
 }
 void fence_barrier_init() {
   for (auto& [a, b] : g->cur->cta->bars)
     if (b.owner == g->cur->tid) b.fenced = true;
-}
-void fence_proxy_async() {
-  memcpy(g->cur->cta->async_view, g->cur->cta->smem, g->launch.smem);
-  fence_barrier_init();
-  maybe_yield();
 }
 
 // Copies run when their thread has arrived for them: nobody can tell that they have before.
@@ -153,6 +161,7 @@ void cp_async(void* dst, const void* src, uint32_t bytes, uint32_t valid_bytes) 
   check_smem(d, d + bytes, "cp_async");
   check_global_allowed("cp_async");
   memset(dst, 0xFF, bytes);  // NaN until waited for
+  set_mark(g->cur->cta, d, d + bytes, kCopyInFlight);
   g->cur->copies.push_back({d, bytes, valid_bytes, src});
 }
 void cp_async_mbarrier_arrive(uint64_t* bar) {
@@ -160,6 +169,7 @@ void cp_async_mbarrier_arrive(uint64_t* bar) {
   Event e{Event::Copies, g->cur->cta};
   e.bar = smem_addr(bar);
   barrier(e.cta, e.bar, "cp_async_mbarrier_arrive");
+  e.issuer = g->cur;
   e.copies = std::move(g->cur->copies);
   g->cur->copies.clear();
   g->events.push_back(std::move(e));
@@ -173,40 +183,41 @@ static void check_tma(int rank, const TensorMap& map, uint32_t smem, const char*
   check_global_allowed(what);
 }
 
+// Nobody still reads what a TMA load is about to overwrite.
+static void check_overwrite(Cta* c, uint32_t lo, uint32_t hi) {
+  for (auto& wg : c->wgs)
+    for (size_t i = 0; i < wg.ops.size(); ++i) {
+      const Op& op = wg.ops[i];
+      const bool live = *std::min_element(wg.retired, wg.retired + 4) <= wg.base + i;
+      for (int o = op.rs; o < 2; ++o)
+        if (live && overlap(lo, hi, op.range[o][0], op.range[o][1]))
+          fail(
+              "early overwrite: TMA load into %s of rank %u while a wgmma of warpgroup %d that reads it as %c has not "
+              "been waited for",
+              name_of(lo).c_str(), c->rank, int(&wg - c->wgs.data()), "AB"[o]);
+    }
+  for (auto& e : g->events)
+    if (e.cta == c && e.kind == Event::StoreRead && overlap(lo, hi, e.store->lo, e.store->hi))
+      fail("early overwrite: TMA load into %s, which a TMA store is still reading", name_of(lo).c_str());
+}
+
 void tma_load(int rank, void* dst, const TensorMap& map, uint64_t* bar, const Corner& corner, uint16_t mask) {
   maybe_yield();
   const uint32_t d = smem_addr(dst), b = smem_addr(bar), bytes = map.bytes();
   Cta* self = g->cur->cta;
   if (mask == 0) mask = uint16_t(1u << self->rank);
   check_tma(rank, map, d, "TMA load");
+  note("starts a TMA load into", d, bytes);
   for (unsigned r = 0; r < 16; ++r) {
     if (!(mask >> r & 1)) continue;
-    if (r >= g->ctas.size()) fail("TMA load: multicast mask 0x%x names no CTA of the cluster", mask);
-    Cta* c = g->ctas[r].get();
+    if (r >= self->cluster->ctas.size()) fail("TMA load: multicast mask 0x%x names no CTA of the cluster", mask);
+    Cta* c = self->cluster->ctas[r].get();
     if (c->live == 0) fail("multicast into CTA rank %u, which has exited", r);
     if (!barrier(c, b, "TMA load").fenced)
-      fail("TMA uses %s, but its init was not followed by fence_barrier_init", name_of(c, b).c_str());
-    if (settings.hazard_checks) {
-      for (auto& wg : c->wgs)
-        for (size_t i = 0; i < wg.ops.size(); ++i) {
-          bool live = false;
-          for (int w = 0; w < 4; ++w) live |= wg.retired[w] <= wg.base + i;
-          Op& op = wg.ops[i];
-          for (int o = op.rs; o < 2; ++o)
-            if (live && overlap(d, d + bytes, op.range[o][0], op.range[o][1]))
-              fail(
-                  "early overwrite: TMA load into smem+0x%x of rank %u while a wgmma of warpgroup %d that reads it as "
-                  "%c has not been waited for",
-                  d - kSmemBase, r, int(&wg - c->wgs.data()), "AB"[o]);
-        }
-      for (auto& e : g->events) {
-        if (e.cta != c) continue;
-        if (e.kind == Event::Load && overlap(d, d + bytes, e.dst, e.dst + e.map.bytes()))
-          fail("two TMA loads in flight into smem+0x%x of rank %u", d - kSmemBase, r);
-        if (e.kind == Event::StoreRead && overlap(d, d + bytes, e.store->lo, e.store->hi))
-          fail("early overwrite: TMA load into smem+0x%x, which a TMA store is still reading", d - kSmemBase);
-      }
-    }
+      fail("TMA uses %s, but its init was not followed by fence_barrier_init", name_of(b).c_str());
+    if (settings.hazard_checks) check_overwrite(c, d, d + bytes);
+    check_settled(c, d, d + bytes, "TMA load");
+    set_mark(c, d, d + bytes, kTmaInFlight);
     const uint32_t rows = map.rows(), pieces = std::min(rows, 1 + uint32_t(g->rnd(4)));
     for (uint32_t p = 0; p < pieces; ++p)
       g->events.push_back({Event::Load, c, map, corner, rows * p / pieces, rows * (p + 1) / pieces, d, b});
@@ -218,13 +229,15 @@ void tma_store(int rank, const void* src, const TensorMap& map, const Corner& co
   const char* what = add ? "TMA reduction" : "TMA store";
   auto s = std::make_shared<Store>();
   s->lo = smem_addr(src), s->hi = s->lo + map.bytes();
-  s->cta = g->cur->cta, s->map = map, s->corner = corner, s->add = add, s->owner = g->cur;
+  s->map = map, s->corner = corner, s->add = add, s->owner = g->cur;
   check_tma(rank, map, s->lo, what);
   if (add && map.elem != 4) fail("TMA reduction of %u-byte elements: not modelled", map.elem);
-  check_fenced(s->cta, s->lo, s->hi, what);
-  s->copy.assign(s->cta->smem + s->lo - kSmemBase, s->cta->smem + s->hi - kSmemBase);
+  Cta* c = g->cur->cta;
+  check_settled(c, s->lo, s->hi, what);
+  s->copy.assign(c->smem + s->lo - kSmemBase, c->smem + s->hi - kSmemBase);
   g->cur->stores.push_back(s);
-  Event e{Event::StoreRead, s->cta};
+  note(add ? "starts a TMA reduction from" : "starts a TMA store from", s->lo, map.bytes());
+  Event e{Event::StoreRead, c};
   e.store = s;
   g->events.push_back(std::move(e));
 }
@@ -235,6 +248,7 @@ void tma_store_wait(int n) {
   for (size_t i = 0; i < upto; ++i)
     while (!f->stores[i]->done) block_on(f->store_waiters, "waits for its TMA stores");
   f->stores_waited = std::max(f->stores_waited, upto);
+  note("has waited for its TMA stores but", 0, n);
 }
 
 }  // namespace model

@@ -14,6 +14,7 @@ void named_barrier_sync(int id, int threads) {
   maybe_yield();
   if (b.count && b.need != threads) fail("named barrier %d: thread counts %d and %d", id, b.need, threads);
   b.need = threads;
+  note("arrives at named barrier", 0, id);
   if (++b.count == threads) {
     b.count = 0, ++b.gen;
     wake(b.waiters);
@@ -23,9 +24,11 @@ void named_barrier_sync(int id, int threads) {
     block_on(b.waiters, str("waits at named barrier %d (%d threads)", id, threads));
 }
 void cluster_sync() {
-  NamedBarrier& b = g->cluster;
+  Cluster* cluster = g->cur->cta->cluster;
+  NamedBarrier& b = cluster->barrier;
   maybe_yield();
-  if (++b.count == int(g->fibers.size())) {
+  note("arrives at cluster_sync");
+  if (++b.count == int(cluster->fibers.size())) {
     b.count = 0, ++b.gen;
     wake(b.waiters);
     return;
@@ -35,14 +38,14 @@ void cluster_sync() {
 uint32_t cluster_rank() { return g->cur->cta->rank; }
 bool elect_one() {
   shuffle(~0u, 0, 0);
-  return g->cur->tid % 32 == g->cur->cta->leader[g->cur->tid / 32];
+  return g->cur->tid % 32 == g->cur->warp().leader;
 }
 
 // Brings the lanes of a mask together; returns the values all of them brought.
 static const uint64_t* meet(uint32_t mask, uint64_t v) {
   const int lane = g->cur->tid % 32;
   if (!(mask >> lane & 1)) fail("lane %d is not in its own mask 0x%x", lane, mask);
-  Rendezvous& r = g->cur->cta->warps[g->cur->tid / 32][mask];
+  Rendezvous& r = g->cur->warp().meetings[mask];
   const uint64_t gen = r.lane_gen[lane]++;
   r.v[gen & 1][lane] = v;
   if ((r.arrived |= 1u << lane) == mask) {
@@ -77,6 +80,7 @@ void stmatrix(int count, bool transposed, void* row, const std::array<uint32_t, 
   const uint32_t a = smem_addr(row);
   if (a % 16) fail("stmatrix: row at smem+0x%x is not a multiple of 16", a - kSmemBase);
   check_smem(a, a + 16, "stmatrix");
+  plain_write(g->cur, a, a + 16);
   for (int column = 0; column < 8; ++column) {
     const int held_row = transposed ? column : j, held_column = transposed ? j : column;
     const uint16_t value = uint16_t(of[matrix][held_row * 4 + held_column / 2] >> (held_column % 2 * 16));
@@ -87,6 +91,7 @@ void stmatrix(int count, bool transposed, void* row, const std::array<uint32_t, 
 void grid_dependency_wait() {
   maybe_yield();
   g->cur->cta->global_allowed = true;
+  note("grid_dependency_wait");
   if (!g->global_open) open_global(true);
 }
 void grid_dependency_launch() { maybe_yield(); }

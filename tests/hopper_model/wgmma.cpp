@@ -73,14 +73,17 @@ void fetch(Cta* c, Type t, uint64_t desc, bool mn_major, int r0, int rows, float
       }
   }
 }
-void operand_range(uint64_t desc, bool mn_major, int rows, uint32_t* lo_hi) {
+void check_operand(Cta* c, uint64_t desc, bool mn_major, int rows, char operand, uint32_t (&range)[2]) {
   const Desc d = decode(desc);
-  lo_hi[0] = ~0u, lo_hi[1] = 0;
   const int nr = mn_major ? 16 : rows, nc = mn_major ? rows / 8 : 2;
+  const std::string what = str("wgmma operand %c", operand);
+  range[0] = ~0u, range[1] = 0;
   for (int r = 0; r < nr; ++r)
     for (int ch = 0; ch < nc; ++ch) {
       const uint32_t a = chunk_addr(d, mn_major, r, ch);
-      lo_hi[0] = std::min(lo_hi[0], a), lo_hi[1] = std::max(lo_hi[1], a + 16);
+      check_smem(a, a + 16, what.c_str());
+      check_settled(c, a, a + 16, what.c_str());
+      range[0] = std::min(range[0], a), range[1] = std::max(range[1], a + 16);
     }
 }
 
@@ -116,6 +119,7 @@ void run_wgmma(Event& e) {  // one warp's 16 rows of its next wgmma
     }
   for (int r = 0; r < 16; ++r)
     for (int n = 0; n < op.n; ++n) op.acc[w * 32 + r % 8 * 4 + n % 8 / 2]->v[n / 8 * 4 + r / 8 * 2 + n % 2] = D[r][n];
+  note(e.cta, int(&wg - e.cta->wgs.data()) * 128 + w * 32, "wgmma executed for the warp of", 0, int64_t(wg.done[w]));
   ++wg.done[w];
   wake(wg.waiters);
 }
@@ -142,17 +146,8 @@ void wgmma(Type t, int n, float* d, const uint32_t* a, uint64_t da, uint64_t db,
     wg.ops.emplace_back();
     Op& o = wg.ops.back();
     o.type = t, o.n = n, o.scale_d = scale_d != 0, o.ta = ta, o.tb = tb, o.rs = a != nullptr, o.da = da, o.db = db;
-    for (int w = o.rs; w < 2; ++w) {
-      uint32_t* r = o.range[w];
-      operand_range(w ? db : da, w ? tb : ta, w ? n : 64, r);
-      check_smem(r[0], r[1], w ? "wgmma operand B" : "wgmma operand A");
-      check_fenced(c, r[0], r[1], w ? "wgmma operand B" : "wgmma operand A");
-      if (settings.hazard_checks)
-        for (auto& e : g->events)
-          if (e.cta == c && e.kind == Event::Load && overlap(e.dst, e.dst + e.map.bytes(), r[0], r[1]))
-            fail("wgmma reads operand %c at smem+0x%x while the TMA load into it (barrier %s) is in flight", "AB"[w],
-                 r[0] - kSmemBase, name_of(c, e.bar).c_str());
-    }
+    if (!o.rs) check_operand(c, da, ta, 64, 'A', o.range[0]);
+    check_operand(c, db, tb, n, 'B', o.range[1]);
   }
   Op& o = wg.op(idx);
   if (o.type != t || o.n != n || o.scale_d != (scale_d != 0) || o.da != da || o.db != db || o.rs != (a != nullptr) ||
@@ -167,6 +162,7 @@ void wgmma(Type t, int n, float* d, const uint32_t* a, uint64_t da, uint64_t db,
     acc->d = d, acc->n = n / 2, acc->v.assign(d, d + n / 2);
     memset(d, 0xFF, n / 2 * 4);  // NaN until waited for
   }
+  note("issues wgmma", 0, int64_t(idx));
   acc->last_op = idx;
   o.acc[wt] = acc, o.a[wt] = a;
   if (a) memcpy(o.a_copy[wt], a, 16);
@@ -188,6 +184,7 @@ void wgmma_wait(int n, std::initializer_list<float*> named) {
     if (settings.wgmma_per_warp && v != w) continue;
     while (wg.done[v] < upto) block_on(wg.waiters, "waits for wgmma");
   }
+  note("has waited for wgmma before", 0, int64_t(upto));
   for (int v = 0; v < 4; ++v)
     if (!settings.wgmma_per_warp || v == w) wg.retired[v] = std::max(wg.retired[v], upto);
   while (f->groups.size() > size_t(n)) f->groups.pop_front();
