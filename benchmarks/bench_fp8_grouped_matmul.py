@@ -1,7 +1,7 @@
 """Matmul of each expert's FP8 rows with its own FP8 weight, at DeepSeek-V3's expert sizes."""
 
 import torch
-from bench_grouped_matmul import SIZES, SMALL, case, uneven_offsets
+from bench_grouped_matmul import DOWN, GATE_UP, SIZES, SMALL, case, uneven_offsets
 from common import Bench, Case, Peer
 
 from deepseek_kernels.reference.fp8_quantize import expand_scale
@@ -28,11 +28,46 @@ def inputs(device, g, num_experts, num_rows, n, k):
     )  # fmt: skip
 
 
+def masked_case(num_experts: int, rows: int, n: int, k: int) -> Case:
+    dims = dict(num_experts=num_experts, m_max=4096, rows=rows, n=n, k=k)
+    return Case(f"{num_experts}x{rows} of 4096 n={n} k={k}", dims, devices=("cuda",))
+
+
+MASKED_CASES = (
+    Case("small", dict(num_experts=8, m_max=32, rows=8, n=256, k=256), quick=True),
+    *(masked_case(e, m, *nk) for e, m in ((1, 1024), (2, 512), (4, 256), (32, 20)) for nk in (GATE_UP, DOWN)),
+)
+
+
+def masked_inputs(device, g, num_experts, m_max, rows, n, k):
+    """`rows` of the m_max of an expert are filled on average."""
+    a, scale_a, b, scale_b, ends = inputs(device, g, num_experts, num_experts * m_max, n, k)
+    a, scale_a = (t.view(num_experts, m_max, -1) for t in (a, scale_a))
+    counts = uneven_offsets(device, g, num_experts, num_experts * rows).diff().clamp(max=m_max).int()
+    return a, scale_a, b, scale_b, counts, None, rows
+
+
+def filled(outputs, args):
+    """The rows that the masked op leaves unwritten masked out."""
+    (d,), counts = outputs, args[4]
+    return (d.masked_fill((torch.arange(d.shape[1], device=d.device) >= counts[:, None])[..., None], 0),)
+
+
 def dequantized(a, scale_a, b, scale_b, expert_offsets):
     """The operands in bf16, as a user without a grouped FP8 matmul keeps them."""
     x = (a.float() * expand_scale(scale_a, *a.shape, "1x128")).bfloat16()
     weights = [(q.float() * expand_scale(s, *q.shape, "128x128")).bfloat16() for q, s in zip(b, scale_b, strict=True)]
     return x, weights, expert_offsets
+
+
+def masked_bmm(x, weights, counts):
+    """What a user writes under a CUDA graph: every place is multiplied."""
+    return torch.bmm(x, weights.transpose(1, 2))
+
+
+def dequantized_masked(a, scale_a, b, scale_b, counts, out_dtype, expected_m):
+    x, weights, _ = dequantized(a.flatten(0, 1), scale_a.flatten(0, 1), b, scale_b, None)
+    return x.view(a.shape), torch.stack(weights), counts
 
 
 def loop(x, weights, expert_offsets):
@@ -45,5 +80,10 @@ BENCHES = [
         "fp8_grouped_matmul", CASES, inputs,
         {"torch loop bf16": Peer(loop, prepare=dequantized, tolerance=BF16_OPERANDS, capturable=False)},
         tolerance=MATMUL, rate="fp8",
+    ),
+    Bench(
+        "fp8_grouped_matmul_masked", MASKED_CASES, masked_inputs,
+        {"torch bmm bf16": Peer(masked_bmm, prepare=dequantized_masked, tolerance=BF16_OPERANDS)},
+        tolerance=MATMUL, rate="fp8", defined=filled,
     ),
 ]  # fmt: skip

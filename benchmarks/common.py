@@ -78,7 +78,7 @@ class Bench:
         expected: (*args) -> outputs, where the reference is too slow or too large.
         mutated: positions of arguments that the call writes to.
         cost: (problem, *args) -> (flops, bytes), where the op's own do not describe `call`.
-        defined: (*outputs) -> outputs with everything left undefined masked out.
+        defined: (outputs, args) -> outputs with everything left undefined masked out.
     """
 
     op: str
@@ -172,7 +172,7 @@ def clone(args: tuple) -> tuple:
 def _outputs(bench: Bench, args: tuple, result) -> tuple[torch.Tensor, ...]:
     out = () if result is None else tuple(result) if isinstance(result, (tuple, list)) else (result,)
     out += tuple(args[i] for i in bench.mutated)
-    return bench.defined(*out) if bench.defined else out
+    return bench.defined(out, args) if bench.defined else out
 
 
 def relative_error(actual: tuple, expected: tuple) -> float:

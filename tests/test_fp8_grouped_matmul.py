@@ -5,10 +5,12 @@ import torch
 
 import deepseek_kernels as dk
 from deepseek_kernels.device import A100, GPUS, H100, L40S
+from deepseek_kernels.ops._registry import OPERATORS
 from deepseek_kernels.plan import fp8_grouped_matmul as plan
 from deepseek_kernels.reference.fp8_quantize import fp8_dequantize, fp8_quantize
 from deepseek_kernels.shapes import align_up, padded_columns
 from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits, distance
+from deepseek_kernels.testing.guard import guarded_allocations
 from deepseek_kernels.triton_kernels.fp8_grouped_matmul import fp8_grouped_matmul
 
 BACKENDS = ("reference", "triton")
@@ -95,6 +97,69 @@ def test_offsets_out_of_range(backend):
         for bad, read_as in (([-9, 4, 2, 900], [0, 4, 4, 20]), ([2**31 - 1, 0, 0, 0], [20] * 4)):
             d = dk.fp8_grouped_matmul(*q, torch.tensor(bad, dtype=torch.int32))
             assert_same_bits(d, dk.fp8_grouped_matmul(*q, torch.tensor(read_as, dtype=torch.int32)))
+
+
+def masked(rows: int, n: int, k: int, num_experts: int):
+    """Operands of the masked layout, `rows` places for each expert."""
+    _, _, (a, scale_a, b, scale_b) = operands(num_experts * rows, n, k, num_experts)
+    return a.view(num_experts, rows, k), scale_a.view(num_experts, rows, -1), b, scale_b
+
+
+def test_masked_is_contiguous_with_gaps():
+    """Every filled row has the bits of the contiguous op, and no other row is written."""
+    a, scale_a, b, scale_b = masked(37, 72, 272, 5)
+    counts = torch.tensor([0, 37, 1, 19, 33], dtype=torch.int32)
+    filled = torch.arange(37) < counts[:, None]
+    packed = a.view(torch.uint8)[filled].view(a.dtype), scale_a[filled], b, scale_b, offsets(*counts.cumsum(0).tolist())
+    for backend in ("triton", "cpu"):
+        with dk.use_backend(backend), guarded_allocations():
+            d = dk.fp8_grouped_matmul_masked(a, scale_a, b, scale_b, counts)
+            assert_same_bits(d[filled], dk.fp8_grouped_matmul(*packed))
+            assert (d[~filled].view(torch.int16) == -1).all(), "a row without an entry was written"
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "cpu"))
+def test_masked_counts_are_clamped(backend):
+    operands = masked(7, 16, 32, 4)
+    with dk.use_backend(backend):
+        d = dk.fp8_grouped_matmul_masked(*operands, torch.tensor([-1, 8, 2**31 - 1, 3], dtype=torch.int32))
+        expected = dk.fp8_grouped_matmul_masked(*operands, torch.tensor([0, 7, 7, 3], dtype=torch.int32))
+    assert_same_bits(d[1:3], expected[1:3])
+    assert_same_bits(d[3, :3], expected[3, :3])
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "cpu"))
+def test_masked_nan_of_one_row_stays_there(backend):
+    a, scale_a, b, scale_b = masked(9, 16, 144, 2)
+    scale_a[0, 2] = float("nan")
+    a[:, 5:].view(torch.uint8).fill_(0x7F)
+    with dk.use_backend(backend):
+        d = dk.fp8_grouped_matmul_masked(a, scale_a, b, scale_b, torch.tensor([5, 4], dtype=torch.int32))
+    assert d[0, 2].isnan().all() and not d[0, [0, 1, 3, 4]].isnan().any() and not d[1, :4].isnan().any()
+
+
+def test_masked_against_the_dequantised_operands():
+    a, scale_a, b, scale_b = masked(20, 136, 272, 3)
+    counts = torch.tensor([20, 7, 0], dtype=torch.int32)
+    ends = offsets(20, 40, 60)
+    expected = exact(a.flatten(0, 1), scale_a.flatten(0, 1), b, scale_b, ends).view(3, 20, 136)
+    for backend in (*BACKENDS, "cpu"):
+        with dk.use_backend(backend):
+            d = dk.fp8_grouped_matmul_masked(a, scale_a, b, scale_b, counts, out_dtype=torch.float32)
+        assert_close(d[0], expected[0], MATMUL)
+        assert_close(d[1, :7], expected[1, :7], MATMUL)
+
+
+def test_masked_tile_follows_what_is_expected():
+    args = [torch.empty(*s, dtype=t, device="meta") for s, t in (
+        ((32, 4096, 7168), torch.float8_e4m3fn), ((32, 4096, 56), torch.float32),
+        ((32, 4096, 7168), torch.float8_e4m3fn), ((32, 32, 56), torch.float32), ((32,), torch.int32),
+    )]  # fmt: skip
+    op = OPERATORS["fp8_grouped_matmul_masked"]
+    few, many = (op.problem(*args, None, expected) for expected in (20, None))
+    assert (few.num_rows, many.num_rows) == (32 * 20, 32 * 4096)
+    assert plan.select(few, H100, "triton").block_m < plan.select(many, H100, "triton").block_m
+    assert plan.bytes(few) == 32 * (20 * (7168 + 4 * 56 + 2 * 4096) + 4096 * 7168 + 4 * 32 * 56 + 4)
 
 
 def test_both_ways_to_read_e4m3_agree():

@@ -25,6 +25,14 @@ def expert_rows(expert_offsets, num_experts, num_rows, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def filled_rows(counts, num_experts, m_max, EXPERTS: tl.constexpr):
+    """(first, end), each int32 [EXPERTS], where the rows of every expert are counted from 0; clamped to [0, m_max]."""
+    expert = tl.arange(0, EXPERTS)
+    count = tl.load(counts + expert, mask=expert < num_experts, other=0)
+    return tl.zeros_like(count), tl.minimum(tl.maximum(count, 0), m_max)
+
+
+@triton.jit
 def pick(values, lane, LANES: tl.constexpr):
     """values[lane]."""
     return tl.sum(tl.where(tl.arange(0, LANES) == lane, values, 0), 0)

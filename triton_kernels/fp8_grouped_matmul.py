@@ -1,5 +1,6 @@
 """d[r, :] = sum over blocks j of 128 of k: scale_a[r, j] * scale_b[e, :, j] * (a[r, j] @ b[e, :, j]^T) for the rows r
-of expert e, zero for rows of no expert.
+of expert e, zero for rows of no expert. Contiguous: the rows of all experts one after the other. Masked: every expert
+has m_max places, the first counts[e] are filled, and the others are neither read nor written.
 
 Tiling:  as grouped_matmul's forward, with BLOCK_K = 128, one scale block. BLOCK_N divides 128: a tile has one weight
          scale a step. Each step's product is accumulated apart and scaled into the total, which also keeps the tensor
@@ -14,21 +15,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ._schedule import clear_rows, expert_rows, expert_tile
+from ._schedule import clear_rows, expert_rows, expert_tile, filled_rows
 from .common import dot, e4m3_decode, narrow
 
 
 @triton.jit
 def _forward(
-    a, scale_a, b, scale_b, expert_offsets, d, num_rows, n8, k, num_experts,
-    a_stride, scale_a_stride_m, scale_a_stride_k, b_stride_e, b_stride_n,
+    a, scale_a, b, scale_b, rows_of, d, num_rows, n8, k, num_experts,
+    a_stride_e, a_stride_m, scale_a_stride_e, scale_a_stride_m, scale_a_stride_k, b_stride_e, b_stride_n,
     scale_b_stride_e, scale_b_stride_n, scale_b_stride_k,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
-    WHOLE_K: tl.constexpr, NATIVE: tl.constexpr,
+    WHOLE_K: tl.constexpr, NATIVE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     BLOCK_K: tl.constexpr = 128
     n = n8 * 8  # so that the compiler knows that rows of d hold whole vectors
-    first, end = expert_rows(expert_offsets, num_experts, num_rows, EXPERTS)
+    if MASKED:
+        first, end = filled_rows(rows_of, num_experts, num_rows, EXPERTS)
+    else:
+        first, end = expert_rows(rows_of, num_experts, num_rows, EXPERTS)
     n_tiles = tl.cdiv(n, BLOCK_N)
     tiles = tl.sum(tl.cdiv(end - first, BLOCK_M), 0) * n_tiles
     depth = tl.arange(0, BLOCK_K)
@@ -39,9 +43,9 @@ def _forward(
         columns = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         row_inside = rows < row_end
         column_inside = (columns < n)[None, :]
-        a_tile = a + rows.to(tl.int64)[:, None] * a_stride + depth[None, :]
+        a_tile = a + expert * a_stride_e + rows.to(tl.int64)[:, None] * a_stride_m + depth[None, :]
         b_tile = b + expert * b_stride_e + columns.to(tl.int64)[None, :] * b_stride_n + depth[:, None]
-        scale_a_tile = scale_a + rows.to(tl.int64) * scale_a_stride_m
+        scale_a_tile = scale_a + expert * scale_a_stride_e + rows.to(tl.int64) * scale_a_stride_m
         scale_b_tile = scale_b + expert * scale_b_stride_e + (n_tile * BLOCK_N // 128).to(tl.int64) * scale_b_stride_n
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, k, BLOCK_K):
@@ -61,20 +65,36 @@ def _forward(
             scale_a_tile += scale_a_stride_k
             scale_b_tile += scale_b_stride_k
         d_tile = d + rows.to(tl.int64)[:, None] * n + columns[None, :]
+        if MASKED:
+            d_tile += expert * num_rows * n
         tl.store(d_tile, narrow(total, d.dtype.element_ty), mask=row_inside[:, None] & column_inside)
-    clear_rows(d, 0, tl.min(first, 0), n, BLOCK_M, BLOCK_N)
-    clear_rows(d, tl.max(end, 0), num_rows, n, BLOCK_M, BLOCK_N)
+    if not MASKED:
+        clear_rows(d, 0, tl.min(first, 0), n, BLOCK_M, BLOCK_N)
+        clear_rows(d, tl.max(end, 0), num_rows, n, BLOCK_M, BLOCK_N)
 
 
-def fp8_grouped_matmul(config, a, scale_a, b, scale_b, expert_offsets, d) -> None:
-    """a [R, k] and b [E, n, k] e4m3 with contiguous last dimensions, scales of any strides, d [R, n] contiguous."""
+def _launch(config, a, scale_a, b, scale_b, rows_of, d, strides: tuple[int, ...], masked: bool) -> None:
+    """`strides` of a without its last dimension and of scale_a, each beginning with that of an expert."""
     num_experts, n, k = b.shape
     if not config.native_fp8:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     _forward[(config.num_programs,)](
-        a, scale_a, b, scale_b, expert_offsets, d, a.shape[0], n // 8, k, num_experts,
-        a.stride(0), *scale_a.stride(), b.stride(0), b.stride(1), *scale_b.stride(),
+        a, scale_a, b, scale_b, rows_of, d, a.shape[-2], n // 8, k, num_experts,
+        *strides, b.stride(0), b.stride(1), *scale_b.stride(),
         EXPERTS=triton.next_power_of_2(max(num_experts, 1)), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        GROUP_M=config.group_m, WHOLE_K=k % 128 == 0, NATIVE=config.native_fp8,
+        GROUP_M=config.group_m, WHOLE_K=k % 128 == 0, NATIVE=config.native_fp8, MASKED=masked,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def fp8_grouped_matmul(config, a, scale_a, b, scale_b, expert_offsets, d) -> None:
+    """a [R, k] and b [E, n, k] e4m3 with contiguous last dimensions, scales of any strides, d [R, n] contiguous."""
+    strides = (0, a.stride(0), 0, *scale_a.stride())
+    _launch(config, a, scale_a, b, scale_b, expert_offsets, d, strides, False)
+
+
+def fp8_grouped_matmul_masked(config, a, scale_a, b, scale_b, counts, d) -> None:
+    """a [E, m_max, k] and b [E, n, k] e4m3 with contiguous last dimensions, scales of any strides, d [E, m_max, n]
+    contiguous."""
+    strides = (a.stride(0), a.stride(1), *scale_a.stride())
+    _launch(config, a, scale_a, b, scale_b, counts, d, strides, True)

@@ -1,4 +1,5 @@
-"""`fp8_grouped_matmul`: each expert's FP8 rows times its own FP8 weight, with 1x128 and 128x128 scales."""
+"""`fp8_grouped_matmul`: each expert's FP8 rows times its own FP8 weight, with 1x128 and 128x128 scales; its masked form
+has a fixed number of places for the rows of each expert, of which the first few are filled."""
 
 import torch
 
@@ -44,12 +45,51 @@ def fp8_grouped_matmul(
     return torch.ops.deepseek_kernels.fp8_grouped_matmul(a, scale_a, b, scale_b, expert_offsets, out_dtype)
 
 
-def _check(a, scale_a, b, scale_b, expert_offsets, out_dtype) -> None:
-    op = "fp8_grouped_matmul"
-    checks.tensor(op, "a", a, dtype=checks.FP8, shape=(None, None))
-    num_rows, k = a.shape
+def fp8_grouped_matmul_masked(
+    a: torch.Tensor,
+    scale_a: torch.Tensor,
+    b: torch.Tensor,
+    scale_b: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    expected_m: int | None = None,
+) -> torch.Tensor:
+    """`d[e, r] = a[e, r] @ b[e]^T` of the dequantised operands, for the first `counts[e]` rows r of every expert e.
+
+    Made for decoding under a CUDA graph: shapes and launches do not depend on how many rows the experts got.
+
+    Args:
+        a: e4m3 [E, m_max, k], k a multiple of 16; any strides (a copy is made unless the last dimension is contiguous).
+        scale_a: fp32 [E, m_max, ceil(k/128)], any strides; 1x128.
+        b: e4m3 [E, n, k], n a multiple of 8, contiguous in the last dimension.
+        scale_b: fp32 [E, ceil(n/128), ceil(k/128)], any strides; 128x128.
+        counts: int32 [E] on the device. Counts outside [0, m_max] are clamped to it.
+        out_dtype: bf16 (when left out) or fp32.
+        expected_m: rows that an expert has on average, m_max when left out. A tile is chosen for it; the result does
+            not depend on it beyond rounding.
+
+    Returns:
+        d [E, m_max, n], accumulated in fp32. Rows at or past `counts[e]` are left unwritten, so they hold anything:
+        with m_max in the thousands, zeroing them would cost more than the matmul of a decode step. Rows of `a` and
+        `scale_a` there are not used.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+        NotImplementedError: on backward.
+
+    Semantics of DeepGEMM's m_grouped_fp8_gemm_nt_masked.
+    """
+    op = torch.ops.deepseek_kernels.fp8_grouped_matmul_masked
+    return op(a, scale_a, b, scale_b, counts, out_dtype, expected_m)
+
+
+def _check_operands(op, a, scale_a, b, scale_b, out_dtype) -> None:
+    """`a` is checked for its dtype and number of dimensions by the caller."""
+    k = a.shape[-1]
     checks.multiple(op, "a: k", k, 16)
-    checks.tensor(op, "scale_a", scale_a, dtype=torch.float32, shape=(num_rows, ceil_div(k, BLOCK)), device=a.device)
+    scales = (*a.shape[:-1], ceil_div(k, BLOCK))
+    checks.tensor(op, "scale_a", scale_a, dtype=torch.float32, shape=scales, device=a.device)
     checks.tensor(op, "b", b, dtype=checks.FP8, shape=(None, None, k), device=a.device, last_contiguous=True)
     num_experts, n, _ = b.shape
     checks.multiple(op, "b: n", n, 8)
@@ -57,34 +97,82 @@ def _check(a, scale_a, b, scale_b, expert_offsets, out_dtype) -> None:
         op, "scale_b", scale_b,
         dtype=torch.float32, shape=(num_experts, ceil_div(n, BLOCK), ceil_div(k, BLOCK)), device=a.device,
     )  # fmt: skip
-    checks.tensor(
-        op, "expert_offsets", expert_offsets,
-        dtype=torch.int32, shape=(num_experts + 1,), device=a.device, contiguous=True,
-    )  # fmt: skip
     checks.one_of(op, "out_dtype", out_dtype, (None, torch.bfloat16, torch.float32))
 
 
+def _check(a, scale_a, b, scale_b, expert_offsets, out_dtype) -> None:
+    op = "fp8_grouped_matmul"
+    checks.tensor(op, "a", a, dtype=checks.FP8, shape=(None, None))
+    _check_operands(op, a, scale_a, b, scale_b, out_dtype)
+    checks.tensor(
+        op, "expert_offsets", expert_offsets,
+        dtype=torch.int32, shape=(b.shape[0] + 1,), device=a.device, contiguous=True,
+    )  # fmt: skip
+
+
+def _check_masked(a, scale_a, b, scale_b, counts, out_dtype, expected_m) -> None:
+    op = "fp8_grouped_matmul_masked"
+    checks.tensor(op, "a", a, dtype=checks.FP8, shape=(None, None, None))
+    _check_operands(op, a, scale_a, b, scale_b, out_dtype)
+    checks.tensor(op, "b", b, shape=(a.shape[0], None, None))
+    checks.tensor(op, "counts", counts, dtype=torch.int32, shape=(a.shape[0],), device=a.device, contiguous=True)
+    if expected_m is not None:
+        checks.at_least(op, "expected_m", expected_m, 0)
+
+
+def _name(out_dtype: torch.dtype | None) -> str:
+    return str(out_dtype or torch.bfloat16).removeprefix("torch.")
+
+
 def _problem(a, scale_a, b, scale_b, expert_offsets, out_dtype) -> plan.Problem:
-    dtype = str(out_dtype or torch.bfloat16).removeprefix("torch.")
-    return plan.Problem(a.shape[0], b.shape[1], a.shape[1], b.shape[0], dtype)
+    return plan.Problem(a.shape[0], b.shape[1], a.shape[1], b.shape[0], _name(out_dtype))
 
 
-def _fake(a, scale_a, b, scale_b, expert_offsets, out_dtype):
-    return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype or torch.bfloat16)
+def _problem_masked(a, scale_a, b, scale_b, counts, out_dtype, expected_m) -> plan.Problem:
+    num_experts, m_max, k = a.shape
+    rows = num_experts * (m_max if expected_m is None else min(expected_m, m_max))
+    return plan.Problem(rows, b.shape[1], k, num_experts, _name(out_dtype), "masked")
+
+
+def _fake(a, scale_a, b, scale_b, rows, out_dtype, expected_m=None):
+    return a.new_empty(*a.shape[:-1], b.shape[1], dtype=out_dtype or torch.bfloat16)
+
+
+def _empty(a, b, out_dtype):
+    return _allocate.empty((*a.shape[:-1], b.shape[1]), out_dtype or torch.bfloat16, a.device)
 
 
 def _triton(config, a, scale_a, b, scale_b, expert_offsets, out_dtype):
     from ..triton_kernels import fp8_grouped_matmul as kernel
 
-    out = _allocate.empty((a.shape[0], b.shape[1]), out_dtype or torch.bfloat16, a.device)
+    out = _empty(a, b, out_dtype)
     if out.numel():
         kernel.fp8_grouped_matmul(config, checks.rows(a), scale_a, b, scale_b, expert_offsets, out)
     return out
 
 
+def _triton_masked(config, a, scale_a, b, scale_b, counts, out_dtype, expected_m):
+    from ..triton_kernels import fp8_grouped_matmul as kernel
+
+    out = _empty(a, b, out_dtype)
+    if out.numel():
+        kernel.fp8_grouped_matmul_masked(config, checks.rows(a), scale_a, b, scale_b, counts, out)
+    return out
+
+
 def _cpu(config, a, scale_a, b, scale_b, expert_offsets, out_dtype):
-    out = _allocate.empty((a.shape[0], b.shape[1]), out_dtype or torch.bfloat16, a.device)
-    return _grouped_cpu.grouped(checks.rows(a), scale_a, b, scale_b, expert_offsets, out)
+    return _grouped_cpu.grouped(checks.rows(a), scale_a, b, scale_b, expert_offsets, _empty(a, b, out_dtype))
+
+
+def _cpu_masked(config, a, scale_a, b, scale_b, counts, out_dtype, expected_m):
+    """The filled rows of one expert after the other, each a contiguous matmul of one group."""
+    a, out = checks.rows(a), _empty(a, b, out_dtype)
+    if out.numel():
+        for e, count in enumerate(counts.clamp(0, a.shape[1]).tolist()):
+            offsets = torch.tensor([0, count], dtype=torch.int32)
+            this = slice(e, e + 1)
+            _grouped_cpu.grouped(a[e, :count], scale_a[e, :count], b[this], scale_b[this], offsets, out[e, :count])
+    return out
 
 
 register(
@@ -96,4 +184,14 @@ register(
     fake=_fake,
     reference=reference.fp8_grouped_matmul,
     backends={"triton": _triton, "cpu": _cpu},
+)
+register(
+    "fp8_grouped_matmul_masked(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor counts, "
+    "ScalarType? out_dtype=None, int? expected_m=None) -> Tensor",
+    check=_check_masked,
+    problem=_problem_masked,
+    plan=plan,
+    fake=_fake,
+    reference=reference.fp8_grouped_matmul_masked,
+    backends={"triton": _triton_masked, "cpu": _cpu_masked},
 )

@@ -1,6 +1,7 @@
 """Plan of `fp8_grouped_matmul`: the tiles of `grouped_matmul`, one FP8 block deep."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
@@ -10,13 +11,14 @@ from .backend import Environment, cpu_reason, triton_reason
 
 @dataclass(frozen=True)
 class Problem:
-    """`num_rows` is the upper bound that the host knows."""
+    """`num_rows` is the upper bound that the host knows; in the masked layout what the caller expects, if he says."""
 
     num_rows: int
     n: int
     k: int
     num_experts: int
     out_dtype: str = "bfloat16"
+    layout: Literal["contiguous", "masked"] = "contiguous"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def bytes(p: Problem) -> int:
     """Rows, weights of the experts that can have rows, both with their scales, and the result: each once."""
     blocks = ceil_div(p.k, BLOCK)
     weight_scales = min(p.num_experts, p.num_rows) * ceil_div(p.n, BLOCK) * blocks
-    return grouped.bytes(_unscaled(p)) + 4 * (p.num_rows * blocks + weight_scales)
+    counts = 4 if p.layout == "masked" else 0  # one fewer than offsets
+    return grouped.bytes(_unscaled(p)) + 4 * (p.num_rows * blocks + weight_scales) - counts
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:

@@ -24,5 +24,23 @@ def fp8_grouped_matmul(
     return out[:num_rows].to(out_dtype or torch.bfloat16)
 
 
+def fp8_grouped_matmul_masked(
+    a: torch.Tensor,
+    scale_a: torch.Tensor,
+    b: torch.Tensor,
+    scale_b: torch.Tensor,
+    counts: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
+    expected_m: int | None = None,
+) -> torch.Tensor:
+    """See `deepseek_kernels.fp8_grouped_matmul_masked`; here the rows past `counts` are zero."""
+    num_experts, m_max, _ = a.shape
+    out = a.new_empty(num_experts, m_max, b.shape[1], dtype=torch.float32)
+    for e in range(num_experts):
+        out[e] = fp8_dequantize(a[e], scale_a[e], "1x128") @ fp8_dequantize(b[e], scale_b[e], "128x128").t()
+    inside = torch.arange(m_max, device=a.device) < counts[:, None]
+    return out.masked_fill_(~inside[..., None], 0).to(out_dtype or torch.bfloat16)
+
+
 def _take(q: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return q.view(torch.uint8)[index].view(q.dtype)

@@ -58,5 +58,62 @@ def bad(g: torch.Generator) -> list[Bad]:
     ]
 
 
-SAMPLES = {"fp8_grouped_matmul": samples}
-BAD = {"fp8_grouped_matmul": bad}
+def masked_samples(g: torch.Generator) -> list[Sample]:
+    def case(name, m_max, n, k, *counts, out_dtype=None, **options):
+        a, scale_a, b, scale_b = quantized(g, len(counts) * m_max, n, k, len(counts))
+        a, scale_a = (t.unflatten(0, (len(counts), m_max)) for t in (a, scale_a))
+        rows = torch.tensor(counts, dtype=torch.int32)
+        unfilled = torch.arange(m_max) >= rows[:, None]
+        a.view(torch.uint8)[unfilled] = 0x7F  # these rows are never used
+        scale_a[unfilled] = NAN
+
+        def filled(out):
+            return (out.masked_fill(unfilled.to(out.device)[..., None], 0),)
+
+        return Sample(
+            name, (a, scale_a, b, scale_b, rows), {"out_dtype": out_dtype},
+            tolerance=MATMUL, defined=filled, **options,
+        )  # fmt: skip
+
+    strides = ("a", "scale_a", "scale_b")
+    return [
+        case("all_filled", 5, 40, 144, 5, 5, 5),  # the first is also compared by what knows of no undefined rows
+        case("some_filled", 21, 136, 256, 3, 0, 21, 17, out_dtype=torch.float32, any_strides=strides),
+        case("counts_out_of_range", 6, 24, 16, -1, 7, 2**31 - 1, -(2**31), 4),
+        case("nothing_filled", 6, 24, 16, 0, 0),
+        case("no_experts", 6, 24, 16),
+        case("no_rows", 0, 24, 16, 0, 3),
+        case("no_columns", 4, 0, 16, 1, 4),
+        case("no_depth", 4, 24, 0, 1, 4),
+    ]
+
+
+def masked_bad(g: torch.Generator) -> list[Bad]:
+    a, scale_a, b, scale_b = quantized(g, 6, 16, 144, 2)
+    a, scale_a = a.view(2, 3, 144), scale_a.view(2, 3, 2)
+    counts = torch.tensor([3, 1], dtype=torch.int32)
+    args = (a, scale_a, b, scale_b, counts)
+    op = "fp8_grouped_matmul_masked"
+    column_major = b.view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2).view(b.dtype)
+
+    def case(name, error, match, *changed, **kwargs):
+        return Bad(name, changed + args[len(changed) :], error, rf"{op}: {match}", kwargs)
+
+    return [
+        case("a_dtype", TypeError, "a: wanted dtype float8_e4m3fn", a.float()),
+        case("a_shape", ValueError, r"a: wanted shape \[\*, \*, \*\], got", a[0]),
+        case("k", ValueError, "a: k: wanted", a[..., :40], scale_a[..., :1], b[..., :40], scale_b[..., :1]),
+        case("n", ValueError, "b: n: wanted a multiple of 8, got 12", a, scale_a, b[:, :12]),
+        case("scale_a", ValueError, r"scale_a: wanted shape \[2, 3, 2\]", a, scale_a[..., :1]),
+        case("scale_b", ValueError, r"scale_b: wanted shape \[2, 1, 2\]", a, scale_a, b, scale_b[0]),
+        case("experts", ValueError, r"b: wanted shape \[2, \*, \*\]", a, scale_a, b[:1], scale_b[:1]),
+        case("b_strides", ValueError, "b: wanted stride 1 in the", a, scale_a, column_major),
+        case("counts", ValueError, r"counts: wanted shape \[2\]", a, scale_a, b, scale_b, counts[:1]),
+        case("counts_dtype", TypeError, "counts: wanted dtype int32", a, scale_a, b, scale_b, counts.long()),
+        case("out_dtype", ValueError, "out_dtype: wanted one of", out_dtype=torch.float16),
+        case("expected_m", ValueError, "expected_m: wanted at least 0, got -1", expected_m=-1),
+    ]
+
+
+SAMPLES = {"fp8_grouped_matmul": samples, "fp8_grouped_matmul_masked": masked_samples}
+BAD = {"fp8_grouped_matmul": bad, "fp8_grouped_matmul_masked": masked_bad}
