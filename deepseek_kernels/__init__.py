@@ -9,7 +9,7 @@ from .ops._maps import MoeMaps
 from .ops._registry import BackendError, Explanation, explain, use_backend
 from .ops.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_matmul_masked
 from .ops.fp8_matmul import fp8_matmul
-from .ops.fp8_quantize import fp8_dequantize, fp8_quantize
+from .ops.fp8_quantize import fp8_dequantize, fp8_quantize, fp8_quantize_both
 from .ops.fused_moe import fused_moe
 from .ops.grouped_matmul import grouped_matmul, grouped_matmul_wgrad
 from .ops.merge_states import merge_states
@@ -39,6 +39,7 @@ __all__ = [
     "fp8_dequantize",
     "fp8_matmul",
     "fp8_quantize",
+    "fp8_quantize_both",
     "fused_moe",
     "moe_permute",
     "moe_sort",

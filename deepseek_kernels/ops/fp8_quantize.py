@@ -1,10 +1,10 @@
-"""`fp8_quantize` and `fp8_dequantize`: block-scaled e4m3, and back."""
+"""`fp8_quantize`, `fp8_quantize_both` and `fp8_dequantize`: block-scaled e4m3, and back."""
 
 import torch
 
 from ..plan import fp8_quantize as plan
 from ..reference import fp8_quantize as reference
-from ..shapes import GRANULARITIES, align_up
+from ..shapes import BLOCK, GRANULARITIES, align_up, ceil_div
 from . import _allocate, _extension
 from . import _checks as checks
 from ._registry import register
@@ -44,6 +44,40 @@ def fp8_quantize(
     return torch.ops.deepseek_kernels.fp8_quantize(x, granularity, pow2_scale, scale_layout)
 
 
+def fp8_quantize_both(
+    x: torch.Tensor,
+    expert_offsets: torch.Tensor | None = None,
+    *,
+    pow2_scale: bool = False,
+    scale_layout: str = "row",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both quantisations that training needs of one operand, in one pass over it: 1x128 as it lies, and 128x1
+    transposed, so that the tokens are the contiguous dimension a weight gradient sums over.
+
+    `fp8_matmul(grad_t, scale_grad_t, x_t, scale_x_t, out_dtype=torch.float32)` of the transposed outputs for grad
+    [m, n] and x [m, k] is the weight gradient [n, k], for any number of tokens m (n a multiple of 8).
+
+    Args:
+        x: [m, k] bf16, fp16 or fp32, any strides (a copy is made unless the last dimension is contiguous).
+        expert_offsets: int32 [E + 1] on the device, as `moe_sort` makes them: each expert's tokens then begin a column
+            of q_t of their own, so that no scale is shared between experts. Offsets outside [0, m] are clamped to it,
+            and one that decreases is raised to the one before.
+        pow2_scale, scale_layout: as for `fp8_quantize`, of both scales.
+
+    Returns:
+        q e4m3 [m, k] and scale fp32 [m, ceil(k/128)], as `fp8_quantize(x)` gives them, rows of no expert included.
+        q_t e4m3 [k, w], contiguous, and scale_t fp32 [k, w/128]. Without experts w is m rounded up to a multiple of 128
+        and column t is token t. With them, w is `padded_columns(m, E)`, and the tokens of expert e are the columns from
+        `128 * sum(ceil(rows_i / 128) for i < e)`. Columns of no token are 0.
+
+    Raises:
+        ValueError, TypeError: naming the argument. NotImplementedError: on backward.
+
+    Values are those of `fp8_quantize`, NaN and Inf included. Not differentiable.
+    """
+    return torch.ops.deepseek_kernels.fp8_quantize_both(x, expert_offsets, pow2_scale, scale_layout)
+
+
 def fp8_dequantize(
     q: torch.Tensor, scale: torch.Tensor, granularity: str = "1x128", *, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -79,17 +113,24 @@ def _quantize_problem(x, granularity, pow2_scale, scale_layout) -> plan.Problem:
 def _quantize_outputs(empty, x, granularity, scale_layout):
     """(q, scale) made by `empty(shape, dtype, device)`."""
     scale_m, scale_k = plan.scale_shape(x.shape[0], x.shape[1], granularity)
-    q = empty(x.shape, checks.FP8, x.device)
+    return empty(x.shape, checks.FP8, x.device), _scale(empty, scale_m, scale_k, x.device, scale_layout)
+
+
+def _scale(empty, rows, columns, device, scale_layout):
     if scale_layout == "row":
-        return q, empty((scale_m, scale_k), torch.float32, x.device)
-    return q, empty((scale_k, align_up(scale_m, 4)), torch.float32, x.device).t()[:scale_m]
+        return empty((rows, columns), torch.float32, device)
+    return empty((columns, align_up(rows, 4)), torch.float32, device).t()[:rows]
 
 
 def _quantize_fake(x, granularity, pow2_scale, scale_layout):
+    return _quantize_outputs(_fake_empty(x), x, granularity, scale_layout)
+
+
+def _fake_empty(x):
     def empty(shape, dtype, device):
         return x.new_empty(shape, dtype=dtype)
 
-    return _quantize_outputs(empty, x, granularity, scale_layout)
+    return empty
 
 
 def _quantize_triton(config, x, granularity, pow2_scale, scale_layout):
@@ -125,6 +166,75 @@ def _quantize_cpu(config, *args):
     return _quantize_compiled(_extension.cpu(), {"threads": torch.get_num_threads()}, *args)
 
 
+def _check_both(x, expert_offsets, pow2_scale, scale_layout) -> None:
+    op = "fp8_quantize_both"
+    checks.tensor(op, "x", x, dtype=_WIDE, shape=(None, None))
+    checks.one_of(op, "scale_layout", scale_layout, _LAYOUTS)
+    if expert_offsets is not None:
+        checks.tensor(
+            op, "expert_offsets", expert_offsets, dtype=torch.int32, shape=(None,), device=x.device, contiguous=True
+        )
+        checks.at_least(op, "expert_offsets: length", expert_offsets.shape[0], 1)
+
+
+def _both_problem(x, expert_offsets, pow2_scale, scale_layout) -> plan.Problem:
+    num_experts = None if expert_offsets is None else expert_offsets.shape[0] - 1
+    return plan.Problem("both", x.shape[0], x.shape[1], "1x128", x.element_size(), num_experts)
+
+
+def _both_outputs(empty, problem, device, scale_layout):
+    """(q, scale, q_t, scale_t) made by `empty(shape, dtype, device)`."""
+    m, k, width = problem.m, problem.k, problem.width
+    return (
+        empty((m, k), checks.FP8, device),
+        _scale(empty, m, ceil_div(k, BLOCK), device, scale_layout),
+        empty((k, width), checks.FP8, device),
+        _scale(empty, k, width // BLOCK, device, scale_layout),
+    )
+
+
+def _both_fake(x, expert_offsets, pow2_scale, scale_layout):
+    problem = _both_problem(x, expert_offsets, pow2_scale, scale_layout)
+    return _both_outputs(_fake_empty(x), problem, x.device, scale_layout)
+
+
+def _both_triton(config, x, expert_offsets, pow2_scale, scale_layout):
+    from ..triton_kernels import fp8_quantize as kernel
+
+    problem = _both_problem(x, expert_offsets, pow2_scale, scale_layout)
+    outputs = _both_outputs(_allocate.empty, problem, x.device, scale_layout)
+    if x.numel():
+        kernel.quantize_both(config, problem.row_tiles, pow2_scale, checks.rows(x), expert_offsets, *outputs)
+    return outputs
+
+
+def _both_compiled(module, last, x, expert_offsets, pow2_scale, scale_layout):
+    """`last`: the stream or the thread count."""
+    problem = _both_problem(x, expert_offsets, pow2_scale, scale_layout)
+    outputs = _both_outputs(_allocate.empty, problem, x.device, scale_layout)
+    if x.numel() == 0:
+        return outputs
+    q, scale, q_t, scale_t = outputs
+    x = checks.rows(x)
+    module.fp8_quantize_both(
+        x=_extension.address(x), expert_offsets=_extension.address(expert_offsets), q=_extension.address(q),
+        scale=_extension.address(scale), q_t=_extension.address(q_t), scale_t=_extension.address(scale_t),
+        m=problem.m, k=problem.k, width=problem.width, row_tiles=problem.row_tiles,
+        num_experts=problem.num_experts or 0, dtype=_extension.dtype_code(x.dtype), ldx=x.stride(0), ldq=q.stride(0),
+        ldq_t=q_t.stride(0), scale_stride_m=scale.stride(0), scale_stride_k=scale.stride(1),
+        scale_t_stride_k=scale_t.stride(0), scale_t_stride_w=scale_t.stride(1), pow2_scale=pow2_scale, **last,
+    )  # fmt: skip
+    return outputs
+
+
+def _both_cuda(config, x, *args):
+    return _both_compiled(_extension.module(), {"stream": _extension.stream(x)}, x, *args)
+
+
+def _both_cpu(config, *args):
+    return _both_compiled(_extension.cpu(), {"threads": torch.get_num_threads()}, *args)
+
+
 def _check_dequantize(q, scale, granularity, out_dtype) -> None:
     op = "fp8_dequantize"
     checks.one_of(op, "granularity", granularity, tuple(GRANULARITIES))
@@ -151,17 +261,28 @@ def _dequantize_triton(config, q, scale, granularity, out_dtype):
     return out
 
 
-def _dequantize_cpu(config, q, scale, granularity, out_dtype):
+def _dequantize_compiled(module, last, q, scale, granularity, out_dtype):
+    """`last`: the stream or the thread count."""
     out = _allocate.empty(q.shape, out_dtype or torch.float32, q.device)
-    if out.numel():
-        q = checks.rows(q)
-        block_m, block_k = GRANULARITIES[granularity]
-        _extension.cpu().fp8_dequantize(
-            q=q.data_ptr(), scale=scale.data_ptr(), out=out.data_ptr(), m=q.shape[0], k=q.shape[1], ldq=q.stride(0),
-            ld_out=out.stride(0), scale_stride_m=scale.stride(0), scale_stride_k=scale.stride(1), block_m=block_m,
-            block_k=block_k, dtype=_extension.dtype_code(out.dtype), threads=torch.get_num_threads(),
-        )  # fmt: skip
+    if out.numel() == 0:
+        return out
+    q = checks.rows(q)
+    block_m, block_k = GRANULARITIES[granularity]
+    module.fp8_dequantize(
+        q=_extension.address(q), scale=_extension.address(scale), out=_extension.address(out),
+        m=q.shape[0], k=q.shape[1], ldq=q.stride(0), ld_out=out.stride(0), scale_stride_m=scale.stride(0),
+        scale_stride_k=scale.stride(1), block_m=block_m, block_k=block_k, dtype=_extension.dtype_code(out.dtype),
+        **last,
+    )  # fmt: skip
     return out
+
+
+def _dequantize_cuda(config, q, *args):
+    return _dequantize_compiled(_extension.module(), {"stream": _extension.stream(q)}, q, *args)
+
+
+def _dequantize_cpu(config, *args):
+    return _dequantize_compiled(_extension.cpu(), {"threads": torch.get_num_threads()}, *args)
 
 
 register(
@@ -175,11 +296,21 @@ register(
     backends={"cuda": _quantize_cuda, "triton": _quantize_triton, "cpu": _quantize_cpu},
 )
 register(
+    'fp8_quantize_both(Tensor x, Tensor? expert_offsets=None, bool pow2_scale=False, str scale_layout="row") '
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    check=_check_both,
+    problem=_both_problem,
+    plan=plan,
+    fake=_both_fake,
+    reference=reference.fp8_quantize_both,
+    backends={"cuda": _both_cuda, "triton": _both_triton, "cpu": _both_cpu},
+)
+register(
     'fp8_dequantize(Tensor q, Tensor scale, str granularity="1x128", ScalarType? out_dtype=None) -> Tensor',
     check=_check_dequantize,
     problem=_dequantize_problem,
     plan=plan,
     fake=_dequantize_fake,
     reference=reference.fp8_dequantize,
-    backends={"triton": _dequantize_triton, "cpu": _dequantize_cpu},
+    backends={"cuda": _dequantize_cuda, "triton": _dequantize_triton, "cpu": _dequantize_cpu},
 )
