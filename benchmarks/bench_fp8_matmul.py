@@ -4,12 +4,15 @@ import torch
 import torch.nn.functional as F
 from common import Bench, Case, Peer
 
+from deepseek_kernels import nn
 from deepseek_kernels.reference.fp8_quantize import expand_scale
 from deepseek_kernels.shapes import V3_MATMULS, ceil_div
 from deepseek_kernels.testing.compare import MATMUL, Tolerance
 
 BF16_OPERANDS = Tolerance(steps=4, of_norm=1e-2, distance=1e-4)
 """The peer rounds its operands to bf16."""
+UNQUANTISED = Tolerance(distance=1e-3, of_norm=0.05)
+"""FP8 training against the layer in bf16."""
 SMALL = Case("small", dict(m=4, n=256, k=512), quick=True)
 TOKENS = (1, 16, 64, 128, 4096)
 CASES = (
@@ -23,6 +26,11 @@ CASES = (
 WGRAD_CASES = (
     Case("small", dict(m=64, n=128, k=256), quick=True),
     *(Case(f"{m}x{n} of 4096 tokens", dict(m=m, n=n, k=4096), devices=("cuda",)) for m, n in V3_MATMULS),
+)
+TRAINING_CASES = (
+    Case("small", dict(m=64, n=128, k=256), quick=True),
+    Case("m=1024 1024x1024", dict(m=1024, n=1024, k=1024), devices=("cpu",)),
+    *(Case(f"m=4096 {n}x{k}", dict(m=4096, n=n, k=k), devices=("cuda",)) for n, k in V3_MATMULS),
 )
 
 
@@ -87,6 +95,38 @@ def run_deep_gemm(a, b):
     return d
 
 
+def layer_inputs(device, g, m, n, k):
+    """x, weight and the gradient of the layer's result."""
+
+    def normal(rows, columns):
+        return torch.randn(rows, columns, device=device, generator=g).bfloat16()
+
+    return normal(m, k).requires_grad_(), normal(n, k).requires_grad_(), normal(m, n)
+
+
+def as_matmul(x, weight, grad):
+    """The forward product, as the op's arguments."""
+    pairs = ((x, (len(x), ceil_div(x.shape[1], 128))), (weight, [ceil_div(s, 128) for s in weight.shape]))
+    return sum(
+        ((t.detach().to(torch.float8_e4m3fn), t.new_empty(shape, dtype=torch.float32)) for t, shape in pairs), ()
+    )
+
+
+def trained(linear):
+    """Value and gradients of x and weight."""
+
+    def step(x, weight, grad):
+        y = linear(x, weight)
+        return y.detach(), *torch.autograd.grad(y, (x, weight), grad)
+
+    return step
+
+
+def training_cost(problem, x, weight, grad):
+    """Three products; x and weight read twice, dy once, y and both gradients written, all in bf16."""
+    return 3 * 2 * problem.m * problem.n * problem.k, 3 * x.nbytes + 3 * weight.nbytes + 2 * grad.nbytes
+
+
 PEERS = {
     "torch bf16": Peer(F.linear, prepare=in_bf16, tolerance=BF16_OPERANDS),
     "dequantize + linear": Peer(dequantize_and_multiply, tolerance=BF16_OPERANDS),
@@ -103,10 +143,16 @@ WGRAD_PEERS = {
         outputs=lambda result, args: (),
     ),
 }
+TRAINING_PEERS = {"torch bf16": Peer(trained(F.linear))}
 BENCHES = [
     Bench("fp8_matmul", CASES, inputs, PEERS, tolerance=MATMUL, rate="fp8"),
     Bench(
         "fp8_matmul.out", WGRAD_CASES, wgrad_inputs, WGRAD_PEERS, tolerance=MATMUL, rate="fp8", mutated=(5,),
         name="fp8_matmul wgrad",
+    ),
+    Bench(
+        "fp8_matmul", TRAINING_CASES, layer_inputs, TRAINING_PEERS, tolerance=UNQUANTISED, rate="fp8",
+        name="fp8_linear forward+backward", call=trained(nn.fp8_linear), arguments=as_matmul, cost=training_cost,
+        expected=trained(F.linear),
     ),
 ]  # fmt: skip

@@ -75,6 +75,8 @@ class Bench:
         rate: operand dtype whose measured matmul rate is the compute ceiling.
         name: shown in tables; the op's name where empty.
         call: what our side runs, a function of the op's arguments; the op itself where None.
+        arguments: (*inputs) -> the op's arguments, where `call` is a composition of other inputs. Each of its ops then
+            chooses its own backend.
         expected: (*args) -> outputs, where the reference is too slow or too large.
         mutated: positions of arguments that the call writes to.
         cost: (problem, *args) -> (flops, bytes), where the op's own do not describe `call`.
@@ -89,6 +91,7 @@ class Bench:
     rate: str = "bf16"
     name: str = ""
     call: Callable | None = None
+    arguments: Callable | None = None
     expected: Callable | None = None
     mutated: tuple[int, ...] = ()
     cost: Callable | None = None
@@ -101,6 +104,10 @@ class Bench:
     @property
     def operator(self):
         return _registry.OPERATORS[self.op]
+
+    def of_op(self, args: tuple) -> tuple:
+        """All arguments of the op that describes a call with these inputs."""
+        return self.operator.fill(self.arguments(*args) if self.arguments else args, {})
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,9 @@ def ours(bench: Bench, args: tuple) -> Iterator[Provider]:
     """Our backends that can run `args`; the reference only where nothing else can."""
     operator = bench.operator
     call = bench.call or operator.overload
+    if bench.arguments:
+        yield Provider("ours automatic", call, "automatic")
+        return
     found = False
     for backend in (*operator.backends, "reference"):
         if backend == "reference" and found:
@@ -256,7 +266,7 @@ def run_case(
     """One record per provider: checked first, and timed only where right."""
     operator = bench.operator
     args = bench.inputs(device, torch.Generator(device).manual_seed(0), **case.dims)
-    problem = operator.problem(*operator.fill(args, {}))
+    problem = operator.problem(*bench.of_op(args))
     cost = bench.cost or (lambda problem, *args: (operator.plan.flops(problem), operator.plan.bytes(problem)))
     flops, num_bytes = cost(problem, *args)
     records, right = [], []

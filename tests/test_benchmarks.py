@@ -41,7 +41,7 @@ def test_quick_cases_are_right(bench):
             continue
         g = torch.Generator().manual_seed(0)
         args = bench.inputs(CPU, g, **case.dims)
-        bench.operator.check(*bench.operator.fill(args, {}))
+        bench.operator.check(*bench.of_op(args))
         expected = common.reference(bench, args)
         for provider in (*common.ours(bench, args), *common.peers(bench, CPU, False)):
             reason, error = common.try_once(bench, provider, args, expected)
@@ -54,7 +54,7 @@ def test_real_sizes_exist_without_memory(bench):
     """The ahead-of-time compile takes its sizes from here."""
     for case in bench.cases:
         args = bench.inputs(torch.device("meta"), None, **case.dims)
-        bench.operator.problem(*bench.operator.fill(args, {}))
+        bench.operator.problem(*bench.of_op(args))
 
 
 def run(*arguments, folder=ROOT):

@@ -3,6 +3,7 @@
 from .config import V2_LITE, V3, LayerConfig, Rope
 from .decoder_layer import DecoderLayer
 from .fp8_linear import FP8Linear
+from .functional import WgradQueue, fp8_linear
 from .latent_attention import LatentAttention
 from .latent_cache import Append, CacheFull, LatentCache
 from .moe import Experts, Gate, MoE, SwigluMLP
@@ -24,5 +25,7 @@ __all__ = [
     "Rope",
     "RotaryTable",
     "SwigluMLP",
+    "WgradQueue",
+    "fp8_linear",
     "inverse_frequencies",
 ]

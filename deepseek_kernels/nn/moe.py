@@ -31,7 +31,7 @@ class SwigluMLP(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden] -> [..., hidden]."""
         gate_up = self.gate_up_proj(x.reshape(-1, x.shape[-1]))
-        if isinstance(self.down_proj, FP8Linear):
+        if isinstance(self.down_proj, FP8Linear) and self.down_proj.quantized:
             out = self.down_proj.forward_quantized(*swiglu(gate_up, quantize=True), x.dtype)
         else:
             out = self.down_proj(swiglu(gate_up))
