@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops import _checks as checks
 from ..ops.fp8_matmul import fp8_matmul
-from ..ops.fp8_quantize import fp8_quantize
+from ..ops.fp8_quantize import fp8_quantize, fp8_quantize_both
 
 
 class WgradQueue:
@@ -109,12 +109,6 @@ def _check(x, weight, bias, main_grad) -> None:
     checks.tensor(op, "weight.main_grad", main_grad, dtype=wide, shape=weight.shape, device=x.device)
 
 
-def _quantize_both(x: torch.Tensor, pow2_scale: bool) -> tuple[torch.Tensor, ...]:
-    """(q, scale) of x [m, k] and of x^T [k, m], whose columns are padded to a multiple of 16."""
-    padded = torch.nn.functional.pad(x.t(), (0, -x.shape[0] % 16))
-    return *fp8_quantize(x, pow2_scale=pow2_scale), *fp8_quantize(padded, pow2_scale=pow2_scale)
-
-
 def _weight_gradient(weight, main_grad, operands) -> torch.Tensor | None:
     if main_grad is None:
         return fp8_matmul(*operands, out_dtype=weight.dtype)
@@ -127,7 +121,7 @@ class _FP8Linear(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, main_grad, dtype, pow2_scale, wgrad_queue):
         kept: list[torch.Tensor] = []
         if ctx.needs_input_grad[1]:
-            q, scale, *kept = _quantize_both(x, pow2_scale)
+            q, scale, *kept = fp8_quantize_both(x, pow2_scale=pow2_scale)
         else:
             q, scale = fp8_quantize(x, pow2_scale=pow2_scale)
         ctx.save_for_backward(weight, *kept)
@@ -146,7 +140,7 @@ class _FP8Linear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         if need_weight:
-            q, scale, *transposed = _quantize_both(grad, pow2_scale)
+            q, scale, *transposed = fp8_quantize_both(grad, pow2_scale=pow2_scale)
         elif need_x:
             q, scale = fp8_quantize(grad, pow2_scale=pow2_scale)
         if need_x:

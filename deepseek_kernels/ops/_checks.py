@@ -82,6 +82,31 @@ def no_grad(op: str, **tensors: torch.Tensor | None) -> None:
                 raise RuntimeError(f"{op}: {name}: requires grad, and {op} has no backward; use torch.no_grad()")
 
 
+def within(
+    op: str, argument: str, t: torch.Tensor | None, least: int, below: int, where: torch.Tensor | None = None
+) -> None:
+    """Of values, for debug mode: looks at them, which waits for the device. `where`: only at these."""
+    if t is None:
+        return
+    bad = (t < least) | (t >= below)
+    if where is not None:
+        bad &= where
+    if bad.any():
+        index = tuple(bad.nonzero()[0].tolist())
+        raise fail(op, argument, f"values from {least} to {below - 1}", f"{t[index].item()} at {list(index)}")
+
+
+def offsets(op: str, argument: str, t: torch.Tensor | None, num_rows: int) -> None:
+    """Of values, for debug mode: the bounds of consecutive groups of rows."""
+    if t is None:
+        return
+    within(op, argument, t, 0, num_rows + 1)
+    bad = t[1:] < t[:-1]
+    if bad.any():
+        i = int(bad.nonzero()[0].item())
+        raise fail(op, argument, "values that do not decrease", f"{t[i].item()}, {t[i + 1].item()} at [{i}, {i + 1}]")
+
+
 def rows(t: torch.Tensor) -> torch.Tensor:
     """`t` itself if its last dimension is contiguous, else a contiguous copy."""
     return t if t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()

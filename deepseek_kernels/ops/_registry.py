@@ -25,6 +25,7 @@ OPERATORS: dict[str, "Operator"] = {}
 """Every registered op by name, `name.overload` where it has one."""
 
 _forced: list[str | None] = [None]
+_debug = os.environ.get("DEEPSEEK_KERNELS_DEBUG") == "1"
 
 
 class BackendError(RuntimeError):
@@ -44,6 +45,7 @@ class Operator:
     reference: Callable
     backends: Mapping[str, Callable]
     differentiable: bool
+    check_values: Callable | None
     defaults: tuple = field(repr=False)
     keywords: tuple[str, ...] = field(repr=False)
 
@@ -80,6 +82,8 @@ class Operator:
         self.check(*args)
         problem = self.problem(*args)
         device = _device.of(args)
+        if _debug and self.check_values is not None and not _is_capturing(device):
+            self.check_values(*args)
         backend, config = _select(self.name, problem, _device.spec(device), _forced[-1], _extension.generation())
         if backend == "reference":
             return self.reference(*args)
@@ -87,6 +91,10 @@ class Operator:
             with torch.cuda.device(device):
                 return self.backends[backend](config, *args)
         return self.backends[backend](config, *args)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=8192)
@@ -117,6 +125,7 @@ def register(
     backends: Mapping[str, Callable],
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    check_values: Callable | None = None,
     tags: tuple = (),
 ) -> Operator:
     """Define one op. Every callable takes all arguments of the schema, positionally, in its order.
@@ -130,6 +139,8 @@ def register(
         backends: backend -> function(config, *args) -> outputs.
         backward, setup_context: as torch.library.register_autograd wants them. Without `backward` an input that
             requires grad is accepted and the backward pass raises NotImplementedError.
+        check_values: raises ValueError; looks at offsets, ids and counts, hence waits for the device. Called with
+            DEEPSEEK_KERNELS_DEBUG=1 only, and neither while tracing nor while a CUDA graph is captured.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=tags)
@@ -137,7 +148,7 @@ def register(
     parsed = getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload or "default")._schema
     arguments = parsed.arguments
     op = Operator(
-        name, schema, check, problem, plan, fake, reference, backends, backward is not None,
+        name, schema, check, problem, plan, fake, reference, backends, backward is not None, check_values,
         tuple(a.default_value for a in arguments), tuple(a.name for a in arguments),
     )  # fmt: skip
     OPERATORS[name] = op

@@ -120,6 +120,14 @@ def _check_masked(a, scale_a, b, scale_b, counts, out_dtype, expected_m) -> None
         checks.at_least(op, "expected_m", expected_m, 0)
 
 
+def _check_values(a, scale_a, b, scale_b, expert_offsets, out_dtype) -> None:
+    checks.offsets("fp8_grouped_matmul", "expert_offsets", expert_offsets, a.shape[0])
+
+
+def _check_values_masked(a, scale_a, b, scale_b, counts, out_dtype, expected_m) -> None:
+    checks.within("fp8_grouped_matmul_masked", "counts", counts, 0, a.shape[1] + 1)
+
+
 def _name(out_dtype: torch.dtype | None) -> str:
     return str(out_dtype or torch.bfloat16).removeprefix("torch.")
 
@@ -183,6 +191,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.fp8_grouped_matmul,
+    check_values=_check_values,
     backends={"triton": _triton, "cpu": _cpu},
 )
 register(
@@ -193,5 +202,6 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.fp8_grouped_matmul_masked,
+    check_values=_check_values_masked,
     backends={"triton": _triton_masked, "cpu": _cpu_masked},
 )

@@ -177,6 +177,10 @@ def _check_both(x, expert_offsets, pow2_scale, scale_layout) -> None:
         checks.at_least(op, "expert_offsets: length", expert_offsets.shape[0], 1)
 
 
+def _check_both_values(x, expert_offsets, pow2_scale, scale_layout) -> None:
+    checks.offsets("fp8_quantize_both", "expert_offsets", expert_offsets, x.shape[0])
+
+
 def _both_problem(x, expert_offsets, pow2_scale, scale_layout) -> plan.Problem:
     num_experts = None if expert_offsets is None else expert_offsets.shape[0] - 1
     return plan.Problem("both", x.shape[0], x.shape[1], "1x128", x.element_size(), num_experts)
@@ -303,6 +307,7 @@ register(
     plan=plan,
     fake=_both_fake,
     reference=reference.fp8_quantize_both,
+    check_values=_check_both_values,
     backends={"cuda": _both_cuda, "triton": _both_triton, "cpu": _both_cpu},
 )
 register(

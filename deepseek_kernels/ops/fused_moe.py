@@ -298,6 +298,15 @@ def _check_backward(
         raise checks.fail(op, "needs", "4 values", len(needs))
 
 
+def _check_values_backward(
+    grad, x, w_gate_up, w_down, weights, gate_up, token_topk_to_pos, pos_to_token_topk, expert_offsets, clamp, needs
+) -> None:  # fmt: skip
+    op, num_rows = "fused_moe_backward", gate_up.shape[0]
+    checks.within(op, "token_topk_to_pos", token_topk_to_pos, -1, num_rows)
+    checks.within(op, "pos_to_token_topk", pos_to_token_topk, -1, token_topk_to_pos.numel())
+    checks.offsets(op, "expert_offsets", expert_offsets, num_rows)
+
+
 def _problem_backward(grad, x, w_gate_up, w_down, weights, *rest) -> plan.Problem:
     num_experts, hidden, intermediate = w_down.shape
     return plan.Problem(
@@ -384,6 +393,7 @@ register(
     plan=plan,
     fake=_fake_backward,
     reference=reference.fused_moe_backward,
+    check_values=_check_values_backward,
     backends={
         "triton": lambda config, *args: _gradients(ops, *args),
         "cpu": lambda config, *args: _gradients(ops, *args),

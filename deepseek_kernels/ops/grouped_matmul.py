@@ -82,6 +82,13 @@ def _check_wgrad(grad, a, expert_offsets, out_dtype) -> None:
     _check_rest(op, a, expert_offsets, out_dtype)
 
 
+def _check_values(op: str):
+    def check(a, b, expert_offsets, out_dtype) -> None:
+        checks.offsets(op, "expert_offsets", expert_offsets, a.shape[0])
+
+    return check
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -211,6 +218,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.grouped_matmul,
+    check_values=_check_values("grouped_matmul"),
     backends={"triton": _triton, "torch": _torch, "cpu": _cpu},
     backward=_backward,
     setup_context=_context,
@@ -222,6 +230,7 @@ register(
     plan=plan,
     fake=_fake_wgrad,
     reference=reference.grouped_matmul_wgrad,
+    check_values=_check_values("grouped_matmul_wgrad"),
     backends={
         "triton": _triton_wgrad,
         "torch": _torch_wgrad,

@@ -99,6 +99,19 @@ def _check_write(c_kv, k_rope, norm_weight, cos_sin, positions, kv_cache, slots,
     checks.no_grad(op, c_kv=c_kv, k_rope=k_rope, norm_weight=norm_weight, kv_cache=kv_cache)
 
 
+def _check_write_values(c_kv, k_rope, norm_weight, cos_sin, positions, kv_cache, slots, eps, interleaved) -> None:
+    op = "mla_cache_write"
+    checks.within(op, "slots", slots, -1, kv_cache.shape[0] * kv_cache.shape[1])
+    checks.within(op, "positions", positions, 0, cos_sin.shape[0], where=slots >= 0)
+    used, counts = slots[slots >= 0].unique(return_counts=True)
+    if (counts > 1).any():
+        raise checks.fail(op, "slots", "every slot at most once", f"{used[counts > 1][0].item()} more than once")
+
+
+def _check_rope_values(x, cos_sin, positions, interleaved, inverse) -> None:
+    checks.within("mla_rope", "positions", positions, 0, cos_sin.shape[0])
+
+
 def _write_problem(c_kv, k_rope, norm_weight, cos_sin, positions, kv_cache, slots, eps, interleaved) -> plan.Problem:
     return plan.Problem(
         "write", c_kv.shape[0], c_kv.shape[1], k_rope.shape[1], c_kv.element_size(),
@@ -203,6 +216,7 @@ register(
     plan=plan,
     fake=_write_fake,
     reference=reference.mla_cache_write,
+    check_values=_check_write_values,
     backends={"triton": _write_triton, "cpu": _write_cpu},
 )
 register(
@@ -212,6 +226,7 @@ register(
     plan=plan,
     fake=_rope_fake,
     reference=reference.mla_rope,
+    check_values=_check_rope_values,
     backends={"triton": _rope_triton, "cpu": _rope_cpu},
     backward=_rope_backward,
     setup_context=_rope_context,

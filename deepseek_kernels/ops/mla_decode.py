@@ -62,6 +62,13 @@ def _check(q, kv_cache, block_table, seqlens_kv, scale, causal, sink) -> None:
     checks.tensor(op, "sink", sink, dtype=torch.float32, shape=(h_q,), device=q.device)
 
 
+def _check_values(q, kv_cache, block_table, seqlens_kv, scale, causal, sink) -> None:
+    (pages, page_size, _), max_pages = kv_cache.shape, block_table.shape[1]
+    checks.within("mla_decode", "seqlens_kv", seqlens_kv, 0, max_pages * page_size + 1)
+    first_token = page_size * torch.arange(max_pages, device=q.device)
+    checks.within("mla_decode", "block_table", block_table, 0, pages, where=first_token < seqlens_kv[:, None])
+
+
 def _problem(q, kv_cache, block_table, seqlens_kv, scale, causal, sink) -> plan.Problem:
     b, s_q, h_q, d_qk = q.shape
     page_size = kv_cache.shape[1]
@@ -168,5 +175,6 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.mla_decode,
+    check_values=_check_values,
     backends={"triton": _triton, "cpu": _cpu, "torch": _torch},
 )

@@ -82,6 +82,14 @@ def _check_permute(x, token_topk_to_pos, pos_to_token_topk, scale, quantize) -> 
         raise checks.fail(op, "scale", "None when quantize is set", list(scale.shape))
 
 
+def _check_values(op: str):
+    def check(x, token_topk_to_pos, pos_to_token_topk, *rest) -> None:
+        checks.within(op, "token_topk_to_pos", token_topk_to_pos, -1, pos_to_token_topk.numel())
+        checks.within(op, "pos_to_token_topk", pos_to_token_topk, -1, token_topk_to_pos.numel())
+
+    return check
+
+
 def _scale_columns(x, scale, quantize) -> int:
     return ceil_div(x.shape[1], BLOCK) if quantize else scale.shape[1] if scale is not None else 0
 
@@ -271,6 +279,7 @@ register(
     plan=plan,
     fake=_permute_fake,
     reference=reference.moe_permute,
+    check_values=_check_values("moe_permute"),
     backends={"cuda": _permute_cuda, "triton": _permute_triton, "cpu": _permute_cpu},
     backward=_permute_backward,
     setup_context=_permute_context,
@@ -282,6 +291,7 @@ register(
     plan=plan,
     fake=_unpermute_fake,
     reference=reference.moe_unpermute,
+    check_values=_check_values("moe_unpermute"),
     backends={"cuda": _unpermute_cuda, "triton": _unpermute_triton, "cpu": _unpermute_cpu},
     backward=_unpermute_backward,
     setup_context=_unpermute_context,

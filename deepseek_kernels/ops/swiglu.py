@@ -81,6 +81,11 @@ def _check_backward(grad, gate_up, weights, pos_to_token_topk, clamp) -> None:
     checks.tensor(op, "grad", grad, dtype=gate_up.dtype, shape=(num_rows, width // 2), device=gate_up.device)
 
 
+def _check_values(op: str, weights, pos_to_token_topk) -> None:
+    if weights is not None:
+        checks.within(op, "pos_to_token_topk", pos_to_token_topk, -1, weights.numel())
+
+
 def _problem_of(kind, gate_up, weights, pos_to_token_topk, quantize=False) -> plan.Problem:
     return plan.Problem(
         kind, gate_up.shape[0], gate_up.shape[1] // 2, gate_up.element_size(), weights is not None,
@@ -185,6 +190,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.swiglu,
+    check_values=lambda gate_up, *rest: _check_values("swiglu", *rest[:2]),
     backends={"triton": _triton, "cpu": _cpu},
     backward=_backward,
     setup_context=_context,
@@ -197,5 +203,6 @@ register(
     plan=plan,
     fake=_fake_backward,
     reference=reference.swiglu_backward,
+    check_values=lambda grad, gate_up, *rest: _check_values("swiglu_backward", *rest[:2]),
     backends={"triton": _triton_backward, "cpu": lambda config, *args: reference.swiglu_backward(*args)},
 )
