@@ -103,9 +103,8 @@ def inputs(name: str) -> list[tuple[str, bool, tuple]]:
     for bench in _benches(op.family):
         if bench.op == op.name:
             for case in bench.cases:
-                found.append(
-                    (f"{bench.label} {case.name}", True, bench.inputs(torch.device("meta"), None, **case.dims))
-                )
+                args = bench.of_op(bench.inputs(torch.device("meta"), None, **case.dims))
+                found.append((f"{bench.label} {case.name}", True, args))
     for sample in sampling.samples(op):
         found.append((f"sample {sample.name}", False, _meta(op.fill(sample.args, sample.kwargs))))
     return [(case, real, op.fill(args, {})) for case, real, args in found]
