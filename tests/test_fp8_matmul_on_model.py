@@ -76,23 +76,23 @@ if harness.FULL:
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("m, n, k, ctas", MATMUL_SHAPES)
 def test_fp8_matmul(model, m, n, k, ctas, cluster):
-    for seed in harness.SEEDS:
-        model.configure(seed=seed)
+    def run(seed):
         run_matmul(
             model, m, n, k, cluster=cluster, ctas=ctas * cluster, raster=1 + seed % 3, mn_major=seed % 2 == 0,
             ld_pad=seed % 4 // 3 * 16, bias_dtype=(None, torch.bfloat16, torch.float32)[seed % 3],
         )  # fmt: skip
 
+    harness.under_every_schedule(run, harness.SEEDS[:20])
+
 
 def test_every_instance_of_fp8_matmul(model):
     dtypes = {code: dtype for dtype, code in harness.DTYPES.items()}
     for out_dtype, tile_m, tile_n, stages, cluster in model.fp8_matmul_instances:
-        for seed in harness.SEEDS[:3]:
-            model.configure(seed=seed)
-            run_matmul(
-                model, 130, 264, 144, tile=(tile_m, tile_n), stages=stages, cluster=cluster, ctas=2,
-                out_dtype=dtypes[out_dtype], bias_dtype=torch.float32,
-            )  # fmt: skip
+        run = functools.partial(
+            run_matmul, model, 130, 264, 144, tile=(tile_m, tile_n), stages=stages, cluster=cluster, ctas=2,
+            out_dtype=dtypes[out_dtype], bias_dtype=torch.float32,
+        )  # fmt: skip
+        harness.under_every_schedule(lambda seed, run=run: run(), harness.SEEDS[:3])
 
 
 def test_fp8_matmul_says_what_it_cannot_do(model):

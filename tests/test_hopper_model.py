@@ -23,9 +23,9 @@ def model():
 
 
 def test_every_planted_bug_is_tested():
-    sources = [p.read_text() for p in harness.ROOT.glob("csrc/*/kernel*.cuh")]
-    planted = {part.split(")")[0] for text in sources for part in text.split("BUG(")[1:]}
-    tested = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*_on_model.py"))
+    sources = [*harness.ROOT.glob("csrc/*/*.cu*"), harness.HERE / "hazards.cu"]
+    planted = {part.split(")")[0] for p in sources for part in p.read_text().split("BUG(")[1:]}
+    tested = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*_model.py"))
     assert {bug for bug in planted if f'"{bug}"' not in tested} == set()
 
 
@@ -154,6 +154,118 @@ def test_writes_past_the_end_are_reported(model):
     arguments |= dict(ldq=128, scale_stride_m=1, scale_stride_k=1, pow2_scale=False, stream=0)
     with pytest.raises(RuntimeError, match="past the end of 'too_small'"):
         model.fp8_quantize(q=small.data_ptr(), **arguments)
+
+
+FLOATS = torch.arange(2 * 32 * 32).view(2, 32, 32).float()
+
+
+def run_hazard(model, name):
+    guarded = harness.Guarded(model)
+    before = FLOATS if name == "loads" else torch.zeros(2, 32, 32)
+    out = guarded.copy("out", before)
+    tickets = guarded.copy("tickets", torch.zeros(1, dtype=torch.int32))
+    model.hazard(name, out=out.data_ptr(), tickets=tickets.data_ptr())
+    first = out.flatten()[:128]
+    if name == "tiles":
+        want = torch.zeros(2, 32, 32)
+        for tile in range(12):
+            want[tile % 2, tile % 8 : tile % 8 + 16] += tile + 1
+        assert torch.equal(out[:, :24], want[:, :24])
+    elif name == "loads":
+        assert torch.equal(out[1, :2], torch.stack([FLOATS[0, :16].sum(0), FLOATS[0, 1:17].sum(0)]))
+    elif name == "exchange":
+        assert torch.equal(first, torch.arange(128.0).flip(0).view(64, 2).flip(1).flatten())
+    elif name == "fragments":
+        row, column = torch.arange(16.0).view(16, 1), torch.arange(64.0).view(1, 64)
+        want = row * 4 + (column - 1) * (column % 2)
+        assert torch.equal(out.flatten()[:512].view(torch.bfloat16).view(16, 64).float(), want)
+    elif name == "dependent":
+        assert (first == 1).all()
+    else:
+        assert out.flatten()[:4].tolist() == [2, 1, 2, 0]
+
+
+HAZARDS = {
+    "tiles": {
+        "added_by_hand": None,
+        "fence_after_barrier": r"which thread \d+ wrote and has not fenced",
+        "fence_by_issuer_only": r"which thread \d+ wrote and has not fenced",
+        "matrix_of_next_tile": None,
+        "reduction_not_waited_for": "which a TMA store reads until it is waited for",
+        "ticket_not_atomic": None,
+        "ticket_not_waited_for": "race: ",
+    },
+    "loads": {
+        "load_not_waited_for": "race: |which a TMA load in flight is writing",
+        "loaded_over_readers": "more arrivals in one phase|race: TMA load|which a TMA load in flight is writing",
+        "map_of_other_rank": "TMA load of 2 dimensions through a tensor map of 3",
+        "zeroed_before_load": r"TMA load meets box\[0\], which thread \d+ wrote and has not fenced",
+    },
+    "exchange": {
+        "exchange_overwritten": "race: plain store",
+        "past_the_end": "plain load touches shared memory .*, outside the 5120 bytes allocated",
+        "shuffle_for_syncwarp": "race: plain load",
+    },
+    "fragments": {
+        "rows_of_lanes_swapped": "race: stmatrix",
+        "stmatrix_not_fenced": r"which thread \d+ wrote and has not fenced",
+        "stmatrix_not_swizzled": None,
+    },
+    "dependent": {
+        "dependency_not_waited_for": "exits without grid_dependency_wait",
+        "read_before_dependency": "global access before grid_dependency_wait",
+    },
+}
+"""Kernels of hazards.cu, their bugs, and what the model says; None: the numbers are wrong under some schedule."""
+
+
+@pytest.mark.parametrize("name", [*HAZARDS, "waits_for_other_cta"])
+def test_hazards_without_their_bugs(model, name):
+    alive = 2 if name == "waits_for_other_cta" else 0
+    harness.under_every_schedule(lambda seed: run_hazard(model, name), clusters_alive=alive)
+
+
+@pytest.mark.parametrize(("name", "bug"), [(name, bug) for name, bugs in HAZARDS.items() for bug in bugs])
+def test_hazards(model, name, bug):
+    """What the model checks it reports under every schedule; what only the numbers show, under some of 30."""
+    said = HAZARDS[name][bug]
+    if said is None:
+        return harness.assert_caught(lambda: run_hazard(model, name), bug, range(1, 31))
+    for seed in harness.SEEDS:
+        model.configure(seed=seed, bug=bug)
+        with pytest.raises(RuntimeError, match=said):
+            run_hazard(model, name)
+
+
+def test_a_failure_names_its_schedule_and_the_command_that_replays_it(model, request):
+    with pytest.raises(RuntimeError) as caught:
+        harness.under_every_schedule(lambda seed: run_hazard(model, "loads"), bug="loaded_over_readers")
+    seed = harness.SEEDS[0]
+    assert f"(schedule {seed})" in str(caught.value)
+    assert "thread 0 starts a TMA load into box[0] 2048" in str(caught.value)
+    assert f"replay: DEEPSEEK_KERNELS_MODEL_SEED={seed} " in str(caught.value)
+    assert request.node.nodeid in str(caught.value)
+
+
+REPLAY = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C_model", sys.argv[1])
+model = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(model)
+model.configure(seed=5, bug="loaded_over_readers")
+try:
+    model.hazard("loads", out=model.alloc(8192, "out"), tickets=model.alloc(4, "tickets"))
+except RuntimeError:
+    print(model.last_events())
+"""
+
+
+def test_a_schedule_is_the_same_in_another_process(model):
+    model.configure(seed=5, bug="loaded_over_readers")
+    with pytest.raises(RuntimeError):
+        run_hazard(model, "loads")
+    again = subprocess.run([sys.executable, "-c", REPLAY, model.__file__], capture_output=True, text=True, check=True)
+    assert again.stdout.strip() == model.last_events().strip() != ""
 
 
 def test_the_ops_can_call_the_model(model):

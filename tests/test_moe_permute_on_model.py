@@ -113,35 +113,43 @@ MOE_SHAPES = [(1, 1, 8), (7, 3, 40), (5, 8, 136), (3, 6, 2100)]  # tokens, top_k
 
 @pytest.mark.parametrize("dtype", [*harness.DTYPES, FP8], ids=lambda d: str(d).removeprefix("torch."))
 def test_moe_permute(model, dtype):
-    generator = torch.Generator().manual_seed(0)
-    for (tokens, top_k, hidden), seed in itertools.product(MOE_SHAPES, harness.SEEDS):
-        model.configure(seed=seed)
-        x = torch.randn(tokens, hidden + seed % 2, generator=generator).to(dtype)
-        scale = torch.rand(tokens, 3, generator=generator) if seed % 3 else None
-        maps = random_maps(tokens, top_k, tokens * top_k + 35, generator)
-        run_permute(model, x, scale, *maps, ld_pad=seed % 4 // 2 * 16, offset=seed % 5 // 4)
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for tokens, top_k, hidden in MOE_SHAPES:
+            x = torch.randn(tokens, hidden + seed % 2, generator=generator).to(dtype)
+            scale = torch.rand(tokens, 3, generator=generator) if seed % 3 else None
+            maps = random_maps(tokens, top_k, tokens * top_k + 35, generator)
+            run_permute(model, x, scale, *maps, ld_pad=seed % 4 // 2 * 16, offset=seed % 5 // 4)
+
+    harness.under_every_schedule(run)
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_moe_permute_quantize(model, dtype):
-    generator = torch.Generator().manual_seed(0)
-    for (tokens, top_k, hidden), seed in itertools.product(MOE_SHAPES, harness.SEEDS):
-        model.configure(seed=seed)
-        x = harness.hostile((tokens, hidden + seed % 2 * 8), dtype, generator)
-        maps = random_maps(tokens, top_k, tokens * top_k + 35, generator)
-        run_permute_quantize(model, x, *maps, pow2_scale=seed % 3 == 0, offset=seed % 5 // 4)
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for tokens, top_k, hidden in MOE_SHAPES:
+            x = harness.hostile((tokens, hidden + seed % 2 * 8), dtype, generator)
+            maps = random_maps(tokens, top_k, tokens * top_k + 35, generator)
+            run_permute_quantize(model, x, *maps, pow2_scale=seed % 3 == 0, offset=seed % 5 // 4)
+
+    harness.under_every_schedule(run)
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_moe_unpermute(model, dtype):
-    generator = torch.Generator().manual_seed(0)
-    for (tokens, top_k, hidden), seed in itertools.product(MOE_SHAPES, harness.SEEDS):
-        model.configure(seed=seed)
-        y = torch.randn(tokens * top_k + 3, hidden + seed % 2, generator=generator).to(dtype)
-        # Products and sums of small integers are exact, so the order of rounding cannot matter in the comparison.
-        y, weights = (y * 8).round(), torch.randint(-8, 9, (tokens, top_k), generator=generator) / 4
-        to_pos, _ = random_maps(tokens, top_k, len(y), generator)
-        run_unpermute(model, y, weights if seed % 2 else None, to_pos, ld_pad=seed % 4 // 2 * 16, offset=seed % 5 // 4)
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for tokens, top_k, hidden in MOE_SHAPES:
+            y = torch.randn(tokens * top_k + 3, hidden + seed % 2, generator=generator).to(dtype)
+            # Products and sums of small integers are exact, so the order of rounding cannot matter in the comparison.
+            y, weights = (y * 8).round(), torch.randint(-8, 9, (tokens, top_k), generator=generator) / 4
+            to_pos, _ = random_maps(tokens, top_k, len(y), generator)
+            run_unpermute(
+                model, y, weights if seed % 2 else None, to_pos, ld_pad=seed % 4 // 2 * 16, offset=seed % 5 // 4
+            )
+
+    harness.under_every_schedule(run)
 
 
 def test_moe_permute_of_nothing(model):

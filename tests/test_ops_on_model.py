@@ -22,7 +22,7 @@ from deepseek_kernels.testing.samples.fp8_matmul import operands
 sys.path.insert(0, str(Path(__file__).parent / "hopper_model"))
 import harness  # noqa: E402
 
-SEEDS = (1, 2, 3)
+SEEDS = harness.SEEDS[:3]
 
 
 def _cases():
@@ -65,10 +65,10 @@ def test_sample(name, index):
     for seed in SEEDS:
         with harness.model_extension(seed=seed):
             actual = run(op, s, "cuda")
-        for a, e, t in zip(actual, expected, tolerances, strict=True):
-            assert_close(a, e, t, f"{name} on the model, seed {seed}")
-        for a, f in zip(actual, first or actual, strict=True):
-            assert_same_bits(a, f, f"{name} under another schedule")
+            for a, e, t in zip(actual, expected, tolerances, strict=True):
+                assert_close(a, e, t, f"{name} on the model")
+            for a, f in zip(actual, first or actual, strict=True):
+                assert_same_bits(a, f, f"{name} under another schedule")
         first = first or actual
 
 

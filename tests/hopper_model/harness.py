@@ -10,8 +10,12 @@ with harness.model_extension(seed=7):        # the ops of deepseek_kernels thems
     deepseek_kernels.fp8_quantize(x)
 
 A kernel's tests in the model are tests/test_<op>_on_model.py: a `model` fixture that yields harness.load_or_skip(), a
-function that runs the kernel and checks the result, a test of it over shapes and harness.SEEDS, and one test that calls
-harness.assert_caught(run, bug) for every BUG(name) of the kernel. test_hopper_model.py finds bugs without a test.
+function that runs the kernel and checks the result, a test that calls harness.under_every_schedule(run) over shapes,
+and one that calls harness.assert_caught(run, bug) for every BUG(name) of the kernel. test_hopper_model.py finds bugs
+without a test. A failure ends with the last events and with the command that replays its schedule.
+
+DEEPSEEK_KERNELS_MODEL_STRICT=1 is for the night: 200 schedules for 8, and threads are interrupted at plain accesses to
+shared memory too. DEEPSEEK_KERNELS_FULL_TEST=1 does that and widens shapes.
 """
 
 from __future__ import annotations
@@ -35,7 +39,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "hopper_model"
 FULL = os.environ.get("DEEPSEEK_KERNELS_FULL_TEST") == "1"
-SEEDS = range(1, 101 if FULL else 9)
+STRICT = FULL or os.environ.get("DEEPSEEK_KERNELS_MODEL_STRICT") == "1"
+SEEDS = range(1, 201 if STRICT else 9)
+if REPLAY := os.environ.get("DEEPSEEK_KERNELS_MODEL_SEED"):
+    SEEDS = range(int(REPLAY), int(REPLAY) + 1)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as the bindings number them
 
 RULES = """
@@ -100,7 +107,7 @@ def _ninja_file(cxx: str) -> str:
     module = objects([HERE / "module.cpp"], "-O1")
     # The sanitizer's calls tell the model of every plain access (shared_memory.cpp); its library is not linked.
     kernels = ["-x", "c++", "-fsanitize=thread"]
-    module += objects(ROOT.glob("csrc/*/launch.cu"), "-O2", *kernels)
+    module += objects([HERE / "hazards.cu", *ROOT.glob("csrc/*/launch.cu")], "-O2", *kernels)
     primitives = objects([HERE / "primitives.cu"], "-O1", *kernels)
     lines += [f"build {BUILD}/_C_model.so: link {' '.join(model + module)}", "  flags = -shared"]
     lines += [f"build {BUILD}/primitives: link {' '.join(model + primitives)}", ""]
@@ -154,6 +161,26 @@ def load_or_skip():
         pytest.skip(str(reason))
 
 
+@contextlib.contextmanager
+def explained(seed: int):
+    """What fails within it says which schedule that was, what happened last, and how to see it again."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        settings = ["DEEPSEEK_KERNELS_FULL_TEST=1"] if FULL else ["DEEPSEEK_KERNELS_MODEL_STRICT=1"] if STRICT else []
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+        command = [f"DEEPSEEK_KERNELS_MODEL_SEED={seed}", *settings, "python -m pytest -p no:xdist", shlex.quote(test)]
+        raise type(error)(f"{error}\n\nlast events:\n{load().last_events()}\nreplay: {' '.join(command)}") from error
+
+
+def under_every_schedule(run, seeds=SEEDS, **settings) -> None:
+    """run(seed) under each of them."""
+    for seed in seeds:
+        load().configure(seed=seed, **settings)
+        with explained(seed):
+            run(seed)
+
+
 def assert_caught(run, bug: str, seeds=SEEDS, **settings) -> None:
     """With the bug planted, `run()` raises under at least one schedule; without it, it does not."""
     model = load()
@@ -165,8 +192,7 @@ def assert_caught(run, bug: str, seeds=SEEDS, **settings) -> None:
             break
     else:
         raise AssertionError(f"{bug} went unnoticed under {len(seeds)} schedules")
-    model.configure(seed=1, **settings)
-    run()
+    under_every_schedule(lambda seed: run(), (1,), **settings)
 
 
 class Guarded:
@@ -226,7 +252,8 @@ def model_extension(seed: int = 1, **settings):
     model.configure(seed=seed, **settings)
     _extension.substitute(model)
     try:
-        yield model
+        with explained(seed):
+            yield model
     finally:
         _extension.substitute(None)
         model.configure()

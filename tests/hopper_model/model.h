@@ -43,6 +43,7 @@ struct Settings {
   bool hazard_checks = true;    // false: hazards show only as wrong numbers
   bool wgmma_per_warp = true;   // false: one warp's wgmma_wait vouches for its whole warpgroup (CUTLASS relies on that)
   uint64_t bug = 0;             // bug_id of the planted bug
+  bool strict = false;          // switches at plain accesses to shared memory too
   unsigned clusters_alive = 0;  // at once, at most; 0: 1 to 3, at random
 };
 extern Settings settings;
@@ -113,12 +114,13 @@ uint32_t cluster_rank();
 bool elect_one();
 uint64_t shuffle(uint32_t mask, uint64_t v, int src_lane);  // warp rendezvous; returns the value of src_lane
 uint32_t ballot(uint32_t mask, bool vote);
+void syncwarp(uint32_t mask);  // of these three the only one that orders memory
 void atomic_access(void* p, size_t bytes);
 [[noreturn]] void fail(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 }  // namespace model
 
 inline void __syncthreads() { model::named_barrier_sync(0, int(blockDim.x)); }
-inline void __syncwarp(uint32_t mask = 0xffffffffu) { model::shuffle(mask, 0, threadIdx.x % 32); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu) { model::syncwarp(mask); }
 template <class T>
 T model_shfl(uint32_t mask, T v, int src) {
   static_assert(sizeof(T) <= 8);

@@ -41,12 +41,14 @@ model_switch:
 void to_main() { model_switch(&g->cur->sp, g->main_sp); }
 
 void make_ready(Fiber* f) { (f->warp().stalled ? g->held : g->ready).push_back(f); }
-// Now and then a random set of warps stops until nobody else can run: long skews find missing barriers.
+// Now and then a random set of warps, or of CTAs, stops until nobody else can run: long skews find missing barriers.
 void new_stalls() {
-  const uint64_t odds = g->rnd(3) ? 4 : 1000000;
+  const uint64_t warp_odds = g->rnd(3) ? 4 : 1000000, cta_odds = g->rnd(3) ? 1000000 : 2;
   for (auto& cluster : g->clusters)
-    for (auto& c : cluster->ctas)
-      for (Warp& w : c->warps) w.stalled = g->rnd(odds) == 0;
+    for (auto& c : cluster->ctas) {
+      const bool all = g->rnd(cta_odds) == 0;
+      for (Warp& w : c->warps) w.stalled = all || g->rnd(warp_odds) == 0;
+    }
   auto all = std::move(g->ready);
   all.insert(all.end(), g->held.begin(), g->held.end());
   g->ready.clear(), g->held.clear();
@@ -133,6 +135,7 @@ void run_event(size_t i) {
 void new_character() {
   static const int rates[] = {700, 200, 30, 3};
   g->async_rate = rates[g->rnd(4)], g->prio_rate = g->rnd(3) * 45, g->yield_rate = 1 + g->rnd(8);
+  g->stall_rate = g->rnd(2) ? 400 : 4000;
 }
 
 void start_cluster(unsigned first_block) {
@@ -156,6 +159,7 @@ void start_cluster(unsigned first_block) {
     for (unsigned t = 0; t < l.threads; ++t) {
       auto f = std::make_unique<Fiber>();
       f->cta = cta.get(), f->tid = t;
+      start_clock(f.get());
       f->stack = g_stacks + (cta->slot * l.threads + t) * kStack;
       void** top = reinterpret_cast<void**>(f->stack + kStack);
       *--top = nullptr;
@@ -189,7 +193,7 @@ void run_grid(std::vector<unsigned> first_blocks) {
   for (;;) {
     while (!first_blocks.empty() && !g->free_slots.empty()) start_cluster(first_blocks.back()), first_blocks.pop_back();
     if (g->clusters.empty()) return;
-    if (g->ready.empty() ? !g->held.empty() && g->rnd(4) == 0 : g->rnd(4000) == 0) new_stalls();
+    if (g->ready.empty() ? !g->held.empty() && g->rnd(4) == 0 : g->rnd(g->stall_rate) == 0) new_stalls();
     if (g->ready.empty() && g->events.empty() && !g->held.empty()) new_stalls();
     if (!g->events.empty() && (g->ready.empty() || int(g->rnd(1024)) < g->async_rate)) {
       run_event(g->rnd(g->events.size()));
@@ -259,7 +263,7 @@ std::string run(const Launch& launch, const std::function<void()>& body) {
   sim->rng.seed(settings.seed * 0x9E3779B97F4A7C15ull + 1);
   g = sim;
   forget_events();
-  const unsigned wanted = settings.clusters_alive ? settings.clusters_alive : std::max<int>(1, int(g->rnd(5)) - 1);
+  const unsigned wanted = settings.clusters_alive ? settings.clusters_alive : unsigned(std::max<int>(1, g->rnd(4)));
   const unsigned alive = std::min({wanted, kSlots / launch.cluster, ctas / launch.cluster});
   const size_t stacks = alive * launch.cluster * launch.threads;
   if (stacks > g_nstacks) {

@@ -14,6 +14,7 @@ namespace {
 struct Memory {
   uint8_t plain[kSlots][kSmemSlot], async_view[kSlots][kSmemSlot];
   uint16_t mark[kSlots][kSmemSlot];
+  uint32_t last_write[kSlots][kSmemSlot], last_read[kSlots][kSmemSlot];
 };
 Memory* memory() {
   static void* const mapped =
@@ -25,6 +26,7 @@ const uintptr_t g_plain = reinterpret_cast<uintptr_t>(memory()->plain);
 std::string marked(uint16_t mark) {
   return mark == kTmaInFlight    ? "which a TMA load in flight is writing"
          : mark == kCopyInFlight ? "which a cp.async in flight is writing"
+         : mark == kStoreReads   ? "which a TMA store reads until it is waited for"
                                  : str("which thread %d wrote and has not fenced (fence_proxy_async)", mark - 1);
 }
 
@@ -34,9 +36,12 @@ void place(Cta* c) {
   const size_t bytes = g->launch.smem;
   c->smem = memory()->plain[c->slot], c->async_view = memory()->async_view[c->slot];
   c->mark = memory()->mark[c->slot];
+  c->last_write = memory()->last_write[c->slot], c->last_read = memory()->last_read[c->slot];
   memset(c->smem, 0xFF, bytes + kSmemSlack);  // NaN in e4m3, bf16 and fp32
   memset(c->async_view, 0xFF, bytes);
   memset(c->mark, 0, bytes * sizeof *c->mark);
+  memset(c->last_write, 0, bytes * sizeof *c->last_write);
+  memset(c->last_read, 0, bytes * sizeof *c->last_read);
 }
 void check_slack(Cta* c) {
   const uint8_t* end = c->smem + g->launch.smem;
@@ -68,18 +73,46 @@ void check_smem(uint32_t lo, uint32_t hi, const char* what) {
 void set_mark(Cta* c, uint32_t lo, uint32_t hi, uint16_t mark) {
   std::fill(c->mark + lo - kSmemBase, c->mark + hi - kSmemBase, mark);
 }
-void check_settled(Cta* c, uint32_t lo, uint32_t hi, const char* what) {
+void check_settled(Cta* c, uint32_t lo, uint32_t hi, const char* what, bool write) {
   if (!settings.hazard_checks) return;
   const uint16_t *from = c->mark + lo - kSmemBase, *to = c->mark + hi - kSmemBase;
   uint16_t any = 0;
   for (const uint16_t* m = from; m != to; ++m) any |= *m;
   if (!any) return;
-  const uint16_t* m = std::find_if(from, to, [](uint16_t x) { return x != kSettled; });
+  const uint16_t* m = std::find_if(from, to, [=](uint16_t x) { return x && (write || x != kStoreReads); });
+  if (m == to) return;
   fail("%s meets %s, %s", what, name_of(uint32_t(m - c->mark) + kSmemBase).c_str(), marked(*m).c_str());
 }
-void plain_write(Fiber* f, uint32_t lo, uint32_t hi) {
+void check_wgmma_reads(Cta* c, uint32_t lo, uint32_t hi, const char* what) {
+  if (!settings.hazard_checks) return;
+  for (auto& wg : c->wgs)
+    for (size_t i = 0; i < wg.ops.size(); ++i) {
+      const Op& op = wg.ops[i];
+      if (*std::min_element(wg.retired, wg.retired + 4) > wg.base + i) continue;
+      for (int o = op.rs; o < 2; ++o)
+        if (overlap(lo, hi, op.range[o][0], op.range[o][1]))
+          fail(
+              "early overwrite: %s into %s of rank %u while a wgmma of warpgroup %d that reads it as %c has not been "
+              "waited for",
+              what, name_of(lo).c_str(), c->rank, int(&wg - c->wgs.data()), "AB"[o]);
+    }
+}
+void mark_written(Fiber* f, uint32_t lo, uint32_t hi) {
   set_mark(f->cta, lo, hi, uint16_t(1 + f->tid));
   f->unfenced_lo = std::min(f->unfenced_lo, lo), f->unfenced_hi = std::max(f->unfenced_hi, hi);
+}
+// Comes just before the access.
+void plain_access(Fiber* f, uint32_t lo, uint32_t hi, const char* what, bool write) {
+  check_smem(lo, hi, what);
+  if (settings.hazard_checks) {
+    const uint16_t* mark = f->cta->mark - kSmemBase;
+    for (uint32_t a = lo; a < hi; ++a)
+      if (mark[a] >= (write ? kStoreReads : kCopyInFlight))
+        fail("%s meets %s, %s", what, name_of(a).c_str(), marked(mark[a]).c_str());
+    if (write) check_wgmma_reads(f->cta, lo, hi, what);
+  }
+  order_access(f, f->cta, lo, hi, what, write);
+  if (write) mark_written(f, lo, hi);
 }
 
 // Strict about whose writes it covers: those of the thread that executes it. That is the convention by which kernels
@@ -102,28 +135,25 @@ void fence_proxy_async() {
 
 // Every plain access of a kernel, before it happens.
 static void access_smem(uintptr_t offset, size_t bytes, bool write) {
-  Fiber* f = g->cur;
-  const uint32_t at = uint32_t(offset % kSmemSlot);
-  if (offset / kSmemSlot != f->cta->slot || at + bytes > g->launch.smem)
-    fail("plain %s at shared memory offset %u, outside the %zu bytes allocated", write ? "store" : "load", at,
-         g->launch.smem);
-  const uint16_t* mark = f->cta->mark + at;
-  if (settings.hazard_checks)
-    for (size_t i = 0; i < bytes; ++i)
-      if (mark[i] >= kCopyInFlight)
-        fail("plain %s of %s, %s", write ? "store" : "load", name_of(at + uint32_t(i) + kSmemBase).c_str(),
-             marked(mark[i]).c_str());
-  if (write) plain_write(f, at + kSmemBase, at + kSmemBase + uint32_t(bytes));
+  if (offset / kSmemSlot != g->cur->cta->slot) fail("plain access to the shared memory of another CTA");
+  const uint32_t lo = uint32_t(offset % kSmemSlot) + kSmemBase;
+  plain_access(g->cur, lo, lo + uint32_t(bytes), write ? "plain store" : "plain load", write);
 }
 static inline void access(const void* p, size_t bytes, bool write) {
   if (!g || !g->cur) return;
   const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - g_plain;
-  if (offset < kSlots * kSmemSlot) access_smem(offset, bytes, write);
-  if (++g->plain_accesses % 65536 == 0) yield_now();  // a loop that waits for another CTA's plain store comes to an end
+  const bool shared = offset < kSlots * kSmemSlot;
+  // A loop that waits for another CTA's plain store comes to an end.
+  if (++g->plain_accesses % 65536 == 0 || (settings.strict && shared && g->rnd(8) == 0)) yield_now();
+  if (shared) access_smem(offset, bytes, write);
 }
 void atomic_access(void* p, size_t bytes) {
-  access(p, bytes, true);
   maybe_yield();
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - g_plain;
+  if (offset >= kSlots * kSmemSlot) return;
+  const uint32_t a = smem_addr(p);
+  check_smem(a, a + uint32_t(bytes), "atomic");
+  mark_written(g->cur, a, a + uint32_t(bytes));
 }
 
 }  // namespace model

@@ -19,6 +19,7 @@ struct Cta;
 struct Cluster;
 struct Fiber;
 using Waiters = std::vector<Fiber*>;
+using Clock = std::vector<uint32_t>;  // per thread of the cluster: up to where in its life others know it
 
 struct Barrier {  // mbarrier object (PTX ISA "mbarrier": phase, pending and expected arrivals, tx-count)
   uint32_t expected = 0;
@@ -26,6 +27,7 @@ struct Barrier {  // mbarrier object (PTX ISA "mbarrier": phase, pending and exp
   uint64_t phase = 0;
   bool fenced = false;
   int owner = 0;
+  Clock arrived, completed;  // of the arrivals so far; of those up to the last completed phase
   Waiters waiters;
 };
 struct Acc {  // accumulator registers of one thread while wgmma owns them
@@ -49,6 +51,7 @@ struct WarpGroup {
   std::deque<Op> ops;                      // not yet retired
   uint64_t base = 0;                       // index of ops.front()
   uint64_t done[4] = {}, retired[4] = {};  // per warp: executed; waited for
+  Clock issued[4];                         // per warp
   int nreg = 0, nreg_calls = 0;
   Waiters waiters;
   Op& op(uint64_t i) { return ops[i - base]; }
@@ -57,6 +60,7 @@ struct Rendezvous {  // warp-wide collective for one lane mask
   uint64_t lane_gen[32] = {}, done = 0;
   uint32_t arrived = 0;
   uint64_t v[2][32];
+  Clock clock[2];
   Waiters waiters;
 };
 struct Warp {
@@ -68,6 +72,7 @@ struct Warp {
 struct NamedBarrier {
   int need = 0, count = 0;
   uint64_t gen = 0;
+  Clock clock[2];  // by generation
   Waiters waiters;
 };
 struct Store {
@@ -76,7 +81,6 @@ struct Store {
   TensorMap map;
   Corner corner;
   bool add;
-  std::vector<uint8_t> copy;
   Fiber* owner;
 };
 struct Copy {  // cp.async
@@ -92,7 +96,9 @@ struct Fiber {
   bool exited = false;
   std::string waiting;                          // for the deadlock report
   uint32_t unfenced_lo = ~0u, unfenced_hi = 0;  // its plain writes to shared memory since its last fence lie within
+  Clock clock;
   // wgmma
+  bool clock_news = true;  // it has accessed shared memory, or met others, since it last issued
   bool need_fence = true;
   uint64_t issued = 0;
   std::deque<uint64_t> groups;
@@ -107,13 +113,14 @@ struct Fiber {
   Warp& warp();
 };
 // What a byte of shared memory is to the checks, where it is not a thread's unfenced plain write (1 + thread).
-enum Mark : uint16_t { kSettled = 0, kTmaInFlight = 0xFFFF, kCopyInFlight = 0xFFFE };
+enum Mark : uint16_t { kSettled = 0, kStoreReads = 0xFFFD, kCopyInFlight = 0xFFFE, kTmaInFlight = 0xFFFF };
 struct Cta {
   Cluster* cluster;
   unsigned rank, slot;
   uint3 block;
-  uint8_t *smem, *async_view;  // what plain accesses see; what TMA and wgmma see (equal after fence_proxy_async)
-  uint16_t* mark;              // a Mark or a writer, per byte
+  uint8_t *smem, *async_view;        // what plain accesses see; what TMA and wgmma see (equal after fence_proxy_async)
+  uint16_t* mark;                    // a Mark or a writer, per byte
+  uint32_t *last_write, *last_read;  // per byte, see races.cpp
   int live;
   bool global_allowed;  // false in a dependent launch until a thread of the CTA has called grid_dependency_wait
   std::map<uint32_t, Barrier> bars;
@@ -141,6 +148,7 @@ struct Event {  // something asynchronous that may happen now
   std::shared_ptr<Store> store = nullptr;
   std::vector<Copy> copies = {};
   Fiber* issuer = nullptr;
+  Clock clock = {};  // of the issuer, then
 };
 
 struct Sim {
@@ -154,7 +162,7 @@ struct Sim {
   Fiber* cur = nullptr;
   void* main_sp = nullptr;
   bool global_open = true;
-  int async_rate = 64, prio_rate = 0, yield_rate = 4;
+  int async_rate = 64, prio_rate = 0, yield_rate = 4, stall_rate = 4000;
   uint64_t switches = 0, plain_accesses = 0;
   std::string report;
   uint64_t rnd(uint64_t n) { return rng() % n; }
@@ -192,10 +200,21 @@ void check_slack(Cta* c);
 uint32_t swizzled(uint32_t a, uint32_t span);
 void check_smem(uint32_t lo, uint32_t hi, const char* what);
 void set_mark(Cta* c, uint32_t lo, uint32_t hi, uint16_t mark);
-// Fails where an asynchronous unit would not see, or would disturb, what is being written.
-void check_settled(Cta* c, uint32_t lo, uint32_t hi, const char* what);
-void plain_write(Fiber* f, uint32_t lo, uint32_t hi);
+// Fails where an asynchronous unit would not see, or would disturb, what somebody else is doing there.
+void check_settled(Cta* c, uint32_t lo, uint32_t hi, const char* what, bool write);
+void check_wgmma_reads(Cta* c, uint32_t lo, uint32_t hi, const char* what);
+void plain_access(Fiber* f, uint32_t lo, uint32_t hi, const char* what, bool write);
+void mark_written(Fiber* f, uint32_t lo, uint32_t hi);
 inline bool overlap(uint32_t lo, uint32_t hi, uint32_t lo2, uint32_t hi2) { return lo < hi2 && lo2 < hi; }
+
+// races.cpp
+void join(Clock& into, const Clock& from);
+void start_clock(Fiber* f);
+void release(Fiber* f, Clock& to);  // what f did so far happens before whoever acquires `to`
+void acquire(Fiber* f, const Clock& from);
+// Fails unless the earlier accesses to [lo, hi) happened before this one by f. A trace is left by what later accesses
+// can race with; not by a copy, whose end its barrier tells.
+void order_access(Fiber* f, Cta* c, uint32_t lo, uint32_t hi, const char* what, bool write, bool leaves_trace = true);
 
 // transfers.cpp, wgmma.cpp
 void run_load(Event& e);

@@ -20,10 +20,12 @@ void complete_phase_if_due(Cta* c, uint32_t addr, Barrier& b) {
   note(c, -1, "completes phase of", addr, int64_t(b.phase));
   ++b.phase;
   b.pending = b.expected;
+  b.completed = b.arrived;
   wake(b.waiters);
 }
 void arrive(Cta* c, uint32_t addr, int64_t tx) {
   Barrier& b = barrier(c, addr, "arrive");
+  if (g->cur) release(g->cur, b.arrived);
   b.tx += tx;
   if (b.tx > 0xFFFFF) fail("tx-count of %s exceeds 2^20-1", name_of(addr).c_str());
   if (--b.pending < 0)
@@ -72,8 +74,6 @@ void run_load(Event& e) {
 void run_store(Event& e) {
   Store& s = *e.store;
   const TensorMap& map = s.map;
-  if (settings.hazard_checks && memcmp(s.copy.data(), e.cta->smem + s.lo - kSmemBase, s.hi - s.lo))
-    fail("source of a TMA store (smem+0x%x) was overwritten before the store had read it", s.lo - kSmemBase);
   for (uint32_t r = 0; r < map.rows(); ++r)
     for (uint32_t i = 0; i < map.box[0]; ++i) {
       char* p = element(map, s.corner, r, i);
@@ -93,9 +93,10 @@ void run_copies(Event& e) {
   for (const Copy& c : e.copies) {
     memset(e.cta->smem + c.dst - kSmemBase, 0, c.bytes);
     memcpy(e.cta->smem + c.dst - kSmemBase, c.src, c.valid);
-    plain_write(e.issuer, c.dst, c.dst + c.bytes);
+    mark_written(e.issuer, c.dst, c.dst + c.bytes);
   }
   note(e.cta, e.issuer->tid, "cp.async landed, arrive on", e.bar);
+  join(barrier(e.cta, e.bar, "arrive").arrived, e.clock);
   arrive(e.cta, e.bar, 0);
 }
 
@@ -140,7 +141,10 @@ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   maybe_yield();
   for (;;) {  // re-tested after waking: a thread that comes late can miss a phase, as on the device
     Barrier& b = barrier(c, a, "wait");
-    if ((b.phase & 1) != parity) return note("is past parity of", a, parity);
+    if ((b.phase & 1) != parity) {
+      acquire(g->cur, b.completed);
+      return note("is past parity of", a, parity);
+    }
     note("waits for parity of", a, parity);
     block_on(b.waiters, str("waits on %s parity %u", name_of(a).c_str(), parity));
   }
@@ -158,9 +162,9 @@ void cp_async(void* dst, const void* src, uint32_t bytes, uint32_t valid_bytes) 
   if (d % bytes || reinterpret_cast<uintptr_t>(src) % bytes)
     fail("cp_async: an address is not a multiple of %u", bytes);
   if (valid_bytes > bytes) fail("cp_async: %u of %u bytes are valid", valid_bytes, bytes);
-  check_smem(d, d + bytes, "cp_async");
   check_global_allowed("cp_async");
   memset(dst, 0xFF, bytes);  // NaN until waited for
+  plain_access(g->cur, d, d + bytes, "cp.async", true);
   set_mark(g->cur->cta, d, d + bytes, kCopyInFlight);
   g->cur->copies.push_back({d, bytes, valid_bytes, src});
 }
@@ -170,6 +174,7 @@ void cp_async_mbarrier_arrive(uint64_t* bar) {
   e.bar = smem_addr(bar);
   barrier(e.cta, e.bar, "cp_async_mbarrier_arrive");
   e.issuer = g->cur;
+  release(g->cur, e.clock);
   e.copies = std::move(g->cur->copies);
   g->cur->copies.clear();
   g->events.push_back(std::move(e));
@@ -181,24 +186,6 @@ static void check_tma(int rank, const TensorMap& map, uint32_t smem, const char*
   if (smem % 128) fail("%s: smem+0x%x is not a multiple of 128", what, smem - kSmemBase);
   check_smem(smem, smem + map.bytes(), what);
   check_global_allowed(what);
-}
-
-// Nobody still reads what a TMA load is about to overwrite.
-static void check_overwrite(Cta* c, uint32_t lo, uint32_t hi) {
-  for (auto& wg : c->wgs)
-    for (size_t i = 0; i < wg.ops.size(); ++i) {
-      const Op& op = wg.ops[i];
-      const bool live = *std::min_element(wg.retired, wg.retired + 4) <= wg.base + i;
-      for (int o = op.rs; o < 2; ++o)
-        if (live && overlap(lo, hi, op.range[o][0], op.range[o][1]))
-          fail(
-              "early overwrite: TMA load into %s of rank %u while a wgmma of warpgroup %d that reads it as %c has not "
-              "been waited for",
-              name_of(lo).c_str(), c->rank, int(&wg - c->wgs.data()), "AB"[o]);
-    }
-  for (auto& e : g->events)
-    if (e.cta == c && e.kind == Event::StoreRead && overlap(lo, hi, e.store->lo, e.store->hi))
-      fail("early overwrite: TMA load into %s, which a TMA store is still reading", name_of(lo).c_str());
 }
 
 void tma_load(int rank, void* dst, const TensorMap& map, uint64_t* bar, const Corner& corner, uint16_t mask) {
@@ -215,8 +202,9 @@ void tma_load(int rank, void* dst, const TensorMap& map, uint64_t* bar, const Co
     if (c->live == 0) fail("multicast into CTA rank %u, which has exited", r);
     if (!barrier(c, b, "TMA load").fenced)
       fail("TMA uses %s, but its init was not followed by fence_barrier_init", name_of(b).c_str());
-    if (settings.hazard_checks) check_overwrite(c, d, d + bytes);
-    check_settled(c, d, d + bytes, "TMA load");
+    check_wgmma_reads(c, d, d + bytes, "TMA load");
+    check_settled(c, d, d + bytes, "TMA load", true);
+    order_access(g->cur, c, d, d + bytes, "TMA load", true, false);
     set_mark(c, d, d + bytes, kTmaInFlight);
     const uint32_t rows = map.rows(), pieces = std::min(rows, 1 + uint32_t(g->rnd(4)));
     for (uint32_t p = 0; p < pieces; ++p)
@@ -233,8 +221,8 @@ void tma_store(int rank, const void* src, const TensorMap& map, const Corner& co
   check_tma(rank, map, s->lo, what);
   if (add && map.elem != 4) fail("TMA reduction of %u-byte elements: not modelled", map.elem);
   Cta* c = g->cur->cta;
-  check_settled(c, s->lo, s->hi, what);
-  s->copy.assign(c->smem + s->lo - kSmemBase, c->smem + s->hi - kSmemBase);
+  check_settled(c, s->lo, s->hi, what, false);
+  set_mark(c, s->lo, s->hi, kStoreReads);
   g->cur->stores.push_back(s);
   note(add ? "starts a TMA reduction from" : "starts a TMA store from", s->lo, map.bytes());
   Event e{Event::StoreRead, c};
@@ -247,7 +235,13 @@ void tma_store_wait(int n) {
   const size_t upto = f->store_groups.size() > size_t(n) ? f->store_groups[f->store_groups.size() - 1 - n] : 0;
   for (size_t i = 0; i < upto; ++i)
     while (!f->stores[i]->done) block_on(f->store_waiters, "waits for its TMA stores");
-  f->stores_waited = std::max(f->stores_waited, upto);
+  // Only now may the source be written again, by this thread or by who meets it after this.
+  for (; f->stores_waited < upto; ++f->stores_waited) {
+    const Store& s = *f->stores[f->stores_waited];
+    order_access(f, f->cta, s.lo, s.hi, "TMA store", false);
+    set_mark(f->cta, s.lo, s.hi, kSettled);
+  }
+  for (size_t i = upto; i < f->stores.size(); ++i) set_mark(f->cta, f->stores[i]->lo, f->stores[i]->hi, kStoreReads);
   note("has waited for its TMA stores but", 0, n);
 }
 

@@ -82,7 +82,7 @@ void check_operand(Cta* c, uint64_t desc, bool mn_major, int rows, char operand,
     for (int ch = 0; ch < nc; ++ch) {
       const uint32_t a = chunk_addr(d, mn_major, r, ch);
       check_smem(a, a + 16, what.c_str());
-      check_settled(c, a, a + 16, what.c_str());
+      check_settled(c, a, a + 16, what.c_str(), false);
       range[0] = std::min(range[0], a), range[1] = std::max(range[1], a + 16);
     }
 }
@@ -163,6 +163,7 @@ void wgmma(Type t, int n, float* d, const uint32_t* a, uint64_t da, uint64_t db,
     memset(d, 0xFF, n / 2 * 4);  // NaN until waited for
   }
   note("issues wgmma", 0, int64_t(idx));
+  if (f->clock_news) release(f, wg.issued[wt / 32]), f->clock_news = false;
   acc->last_op = idx;
   o.acc[wt] = acc, o.a[wt] = a;
   if (a) memcpy(o.a_copy[wt], a, 16);
@@ -185,6 +186,7 @@ void wgmma_wait(int n, std::initializer_list<float*> named) {
     while (wg.done[v] < upto) block_on(wg.waiters, "waits for wgmma");
   }
   note("has waited for wgmma before", 0, int64_t(upto));
+  if (upto) acquire(f, wg.issued[w]);
   for (int v = 0; v < 4; ++v)
     if (!settings.wgmma_per_warp || v == w) wg.retired[v] = std::max(wg.retired[v], upto);
   while (f->groups.size() > size_t(n)) f->groups.pop_front();
