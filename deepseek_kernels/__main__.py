@@ -1,4 +1,5 @@
-"""python -m deepseek_kernels info: what this installation has, and what each op would run on here."""
+"""python -m deepseek_kernels info: what this installation has, and what each op would run on here.
+python -m deepseek_kernels tune: measure every configuration on this device, for ops to choose by."""
 
 import argparse
 import dataclasses
@@ -170,8 +171,20 @@ def main(arguments: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true")
     info.add_argument("--support-matrix", action="store_true", help="markdown: op x dtype x device, from the plans")
     info.add_argument("--ops", action="store_true", help="markdown: every op with its signature")
+    tuning = commands.add_parser("tune", help="measure every configuration here; ops then choose by the times")
+    tuning.add_argument("--op", nargs="+", metavar="NAME", help="ops to measure; all with a choice if left out")
+    tuning.add_argument("--shapes", nargs="+", metavar="m=16,n=7168,k=2048", help="in place of DeepSeek-V3's sizes")
+    tuning.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    tuning.add_argument("--seconds", type=float, default=0.05, help="for the samples of one configuration")
     options = parser.parse_args(arguments)
-    if options.support_matrix or options.ops:
+    if options.command == "tune":
+        from .tune import tune  # it times, as the benchmarks do; nothing else needs that
+
+        try:
+            tune(options.op, options.shapes, torch.device(options.device), options.seconds)
+        except ValueError as error:
+            parser.error(str(error))
+    elif options.support_matrix or options.ops:
         print("\n\n".join([support_matrix()] * options.support_matrix + [ops_table()] * options.ops))
     elif options.json:
         print(json.dumps(collect(), indent=2))

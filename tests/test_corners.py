@@ -20,7 +20,7 @@ CORNERS = (
     "tests/test_{}.py",
     "benchmarks/bench_{}.py",
 )
-SHARED = {"__init__", "backend", "common"}
+SHARED = {"__init__", "backend", "common", "tuned"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,7 +24,8 @@ ROOMS = {
     "distributed": {"torch", "package", "distributed", "ops", "shapes", "deep_ep"},
     "integrations": {"torch", "package", "integrations", "nn", "ops", "shapes", "transformers"},
     "testing": {"torch", "testing", "ops", "plan", "shapes", "device", "reference"},
-    "__main__": {"torch", "triton", "package", "ops", "plan", "shapes", "device"},
+    "tune": {"torch", "ops", "plan", "shapes", "device", "testing", "tqdm"},
+    "__main__": {"torch", "triton", "package", "ops", "plan", "shapes", "device", "tune"},
     "__init__": {"ops", "shapes", "nn", "distributed", "integrations"},
 }
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from ..plan import tuned
 from ..plan.backend import BACKENDS, Choice, choose
-from . import _device, _extension
+from . import _device, _extension, _tuned
 
 NAMESPACE = "deepseek_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")  # module global: its finalizer would drop the ops
@@ -75,7 +76,17 @@ class Operator:
         env = _extension.environment()
         reasons = {"reference": "", **self.plan.backends(problem, device, env)}
         order = getattr(self.plan, "preference", lambda problem, device: BACKENDS)(problem, device)
+        order = tuned.order(tuned.lookup(_tuned.table(device), self.name, problem), order)
         return choose(self.name.partition(".")[0], device, reasons, forced=forced, order=order)
+
+    def config(self, problem, device, backend: str) -> Any:
+        """The configuration for `backend`: as measured where there is a table, else as the plan has it."""
+        if not hasattr(self.plan, "select"):
+            return None
+        measured = tuned.lookup(_tuned.table(device), self.name, problem)
+        if not measured:
+            return self.plan.select(problem, device, backend)
+        return tuned.config(measured, backend, tuned.options(self.plan, problem, device, backend))
 
     def __call__(self, *args, **kwargs):
         args = self.fill(args, kwargs)
@@ -108,10 +119,15 @@ def _select(name: str, problem, device, forced: str | None, generation: int) -> 
             f"{choice.reasons[str(forced)]}. Able to: {', '.join(able)}. "
             f"Choose one with deepseek_kernels.use_backend(...) or unset DEEPSEEK_KERNELS_BACKEND."
         )
-    config = op.plan.select(problem, device, choice.backend) if hasattr(op.plan, "select") else None
+    config = op.config(problem, device, choice.backend)
     if config is not None and os.environ.get("DEEPSEEK_KERNELS_PRINT_PLAN") == "1":
         print(f"{name}: {problem} on {device.name}: {choice.backend} {config}")
     return choice.backend, config
+
+
+def forget() -> None:
+    """Choose backends and configurations anew."""
+    _select.cache_clear()
 
 
 def register(
@@ -254,7 +270,5 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     problem = operator.problem(*args)
     device = _device.spec(_device.of(args))
     choice = operator.choice(problem, device, _forced[-1])
-    config = None
-    if choice.backend is not None and hasattr(operator.plan, "select"):
-        config = operator.plan.select(problem, device, choice.backend)
+    config = operator.config(problem, device, choice.backend) if choice.backend is not None else None
     return Explanation(op, device.name, problem, choice.backend, config, choice.reasons)

@@ -83,11 +83,11 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
     }
 
 
-def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+def candidates(p: Problem, device: DeviceSpec) -> list[Config | None]:
     if p.kind != "inference":
-        return []
+        return [None]
     columns = (BLOCK,) if p.weight_bytes == 1 else (BLOCK, 256)  # FP8: one scale of x at a time
-    return [Config(rows, c, 4, device.arch >= 89) for rows in (8, 16) for c in columns]
+    return [None, *(Config(rows, c, 4, device.arch >= 89) for rows in (8, 16) for c in columns)]
 
 
 def cost(c: Config | None, p: Problem, device: DeviceSpec) -> float:
@@ -104,4 +104,4 @@ def cost(c: Config | None, p: Problem, device: DeviceSpec) -> float:
 def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
     if backend != "triton":
         return None
-    return min([None, *candidates(p, device)], key=lambda c: cost(c, p, device))
+    return min(candidates(p, device), key=lambda c: cost(c, p, device))
