@@ -144,6 +144,15 @@ def test_primitives_do_on_a_gpu_what_they_do_in_the_model(primitives_in_model, p
     assert [name for name in on_gpu if on_gpu[name] != primitives_in_model[name]] == []
 
 
+def test_layouts_are_those_of_cute(model):
+    if not harness.cute_include():
+        pytest.skip("needs the headers of nvidia-cutlass, and the toolkit's CCCL")
+    said = subprocess.run([harness.build("cute")], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout
+    different, _, compared, _ = said.stdout.splitlines()[-1].split()
+    assert int(different) == 0 and int(compared) > 100_000
+
+
 def test_writes_past_the_end_are_reported(model):
     model.configure()
     guarded = harness.Guarded(model)

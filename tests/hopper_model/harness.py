@@ -78,6 +78,18 @@ def cuda_include() -> Path:
     raise Unavailable("nvcc's include folder has no cuda_fp8.h")
 
 
+def cute_include() -> list[Path]:
+    """The headers in nvidia-cutlass, against which layouts are checked, and the CCCL they need. Empty: not all here."""
+    package = importlib.util.find_spec("cutlass_library")
+    cute = [Path(p, "source", "include") for p in (package.submodule_search_locations or [])] if package else []
+    cccl = [cuda_include(), cuda_include() / "cccl"]
+    found = [
+        [p for p in cute if (p / "cute/tensor.hpp").exists()],
+        [p for p in cccl if (p / "cuda/std/utility").exists()],
+    ]
+    return [paths[0] for paths in found] if all(found) else []
+
+
 def _ninja_file(cxx: str) -> str:
     import pybind11
 
@@ -103,14 +115,18 @@ def _ninja_file(cxx: str) -> str:
             lines.extend([f"build {made[-1]}: cxx {source}", f"  flags = {words}"])
         return made
 
-    model = objects((p for p in HERE.glob("*.cpp") if p.stem != "module"), "-O3")
+    model = objects((p for p in HERE.glob("*.cpp") if p.stem not in ("module", "cute")), "-O3")
     module = objects([HERE / "module.cpp"], "-O1")
     # The sanitizer's calls tell the model of every plain access (shared_memory.cpp); its library is not linked.
     kernels = ["-x", "c++", "-fsanitize=thread"]
     module += objects([HERE / "hazards.cu", *ROOT.glob("csrc/*/launch.cu")], "-O2", *kernels)
     primitives = objects([HERE / "primitives.cu"], "-O1", *kernels)
     lines += [f"build {BUILD}/_C_model.so: link {' '.join(model + module)}", "  flags = -shared"]
-    lines += [f"build {BUILD}/primitives: link {' '.join(model + primitives)}", ""]
+    lines += [f"build {BUILD}/primitives: link {' '.join(model + primitives)}"]
+    if folders := cute_include():
+        program = objects([HERE / "cute.cpp"], "-O1", *(word for p in folders for word in ("-isystem", str(p))))
+        lines += [f"build {BUILD}/cute: link {' '.join(model + program)}"]
+    lines += [""]
     return "\n".join(lines)
 
 

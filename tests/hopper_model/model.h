@@ -101,6 +101,18 @@ void tma_store_wait(int n);
 void stmatrix(int count, bool transposed, void* row, const std::array<uint32_t, 4>& registers);
 void grid_dependency_wait();
 void grid_dependency_launch();
+// Where a thread of a warpgroup holds what: element i of a wgmma accumulator; of a bf16 A in registers.
+struct Place {
+  int row, column;
+};
+inline Place accumulator_place(int thread, int i) {
+  return {thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, i / 4 * 8 + thread % 4 * 2 + i % 2};
+}
+inline Place register_a_place(int thread, int i) {
+  return {thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, i / 4 * 8 + thread % 4 * 2 + i % 2};
+}
+// Where a wgmma with that descriptor looks for an element of its operand.
+uint32_t operand_address(uint64_t descriptor, bool mn_major, int mn, int k, int element_bytes);
 enum Type { E4M3, BF16 };
 void wgmma_fence();
 void wgmma_commit();

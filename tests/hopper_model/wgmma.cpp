@@ -89,6 +89,11 @@ void check_operand(Cta* c, uint64_t desc, bool mn_major, int rows, char operand,
 
 }  // namespace
 
+uint32_t operand_address(uint64_t descriptor, bool mn_major, int mn, int k, int element_bytes) {
+  const int row = mn_major ? k : mn, byte = (mn_major ? mn : k) * element_bytes;
+  return chunk_addr(decode(descriptor), mn_major, row, byte / 16) + byte % 16;
+}
+
 void run_wgmma(Event& e) {  // one warp's 16 rows of its next wgmma
   WarpGroup& wg = *e.wg;
   const int w = e.warp;
@@ -100,25 +105,30 @@ void run_wgmma(Event& e) {  // one warp's 16 rows of its next wgmma
       const int t = w * 32 + l;
       if (settings.hazard_checks && memcmp(op.a[t], op.a_copy[t], 16))
         fail("thread %d changed wgmma A registers before wgmma_wait", t);
-      for (int i = 0; i < 8; ++i) {  // a_i: row = l/4 (+8 for i = 2,3,6,7), column = 2*(l%4) + i%2 (+8 for i >= 4)
-        const uint16_t h = uint16_t(op.a[t][i / 2] >> (i % 2 * 16));
-        A[(l % 4 * 2 + i % 2 + (i >= 4 ? 8 : 0)) * 16 + l / 4 + (i & 2 ? 8 : 0)] = decode_bf16(h);
+      for (int i = 0; i < 8; ++i) {
+        const Place at = register_a_place(l, i);
+        A[at.column * 16 + at.row] = decode_bf16(uint16_t(op.a[t][i / 2] >> (i % 2 * 16)));
       }
     }
   } else {
     fetch(e.cta, op.type, op.da, op.ta, 16 * w, 16, A, 16);
   }
   fetch(e.cta, op.type, op.db, op.tb, 0, op.n, B, op.n);
-  for (int r = 0; r < 16; ++r)
-    for (int n = 0; n < op.n; ++n)  // d_i: row = l/4 + 8*(i/2%2), column = 8*(i/4) + 2*(l%4) + i%2
-      D[r][n] = op.scale_d ? op.acc[w * 32 + r % 8 * 4 + n % 8 / 2]->v[n / 8 * 4 + r / 8 * 2 + n % 2] : 0.f;
+  for (int l = 0; l < 32; ++l)
+    for (int i = 0; i < op.n / 2; ++i) {
+      const Place at = accumulator_place(l, i);
+      D[at.row][at.column] = op.scale_d ? op.acc[w * 32 + l]->v[i] : 0.f;
+    }
   for (int r = 0; r < 16; ++r)
     for (int k = 0; k < K; ++k) {
       const float a = A[k * 16 + r];
       for (int n = 0; n < op.n; ++n) D[r][n] += a * B[k * op.n + n];
     }
-  for (int r = 0; r < 16; ++r)
-    for (int n = 0; n < op.n; ++n) op.acc[w * 32 + r % 8 * 4 + n % 8 / 2]->v[n / 8 * 4 + r / 8 * 2 + n % 2] = D[r][n];
+  for (int l = 0; l < 32; ++l)
+    for (int i = 0; i < op.n / 2; ++i) {
+      const Place at = accumulator_place(l, i);
+      op.acc[w * 32 + l]->v[i] = D[at.row][at.column];
+    }
   note(e.cta, int(&wg - e.cta->wgs.data()) * 128 + w * 32, "wgmma executed for the warp of", 0, int64_t(wg.done[w]));
   ++wg.done[w];
   wake(wg.waiters);
