@@ -120,13 +120,13 @@ def ninja_file(root: Path, folder: Path, output: Path, cxx: str, cuda: bool, arc
     for source in sorted(csrc.glob("*/cpu_bf16.cpp")) if "avx512" in isa_flags(platform.machine()) else []:
         flags = [*isa_flags(platform.machine())["avx512"], "-mavx512bf16", "-mavx512vbmi"]
         compile("cxx", source, f"{source.parent.name}-avx512_bf16", [*host, *flags], "avx512_bf16")
-    for source in sorted(csrc.glob("*/launch.cu")) if cuda else []:
+    for source in sorted(csrc.glob("*/launch*.cu")) if cuda else []:
         flags = toolchain.gencode(archs, hopper_only=(source.parent / "kernel_sm90.cuh").exists())
         if not flags:
             say(f"sm_90a is not among the architectures: csrc/{source.parent.name} is left out")
             continue
         targets = " ".join(flag.rpartition("code=")[2] for flag in flags)
-        compile("nvcc", source, f"{source.parent.name}-cuda", [*device, *flags], targets)
+        compile("nvcc", source, f"{source.parent.name}-{source.stem}", [*device, *flags], targets)
     lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {_quote(_link_flags(cxx, cuda, openmp, links))}"]
     return "\n".join([*lines, f"default {output}", ""])
 

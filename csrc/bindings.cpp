@@ -121,8 +121,8 @@ void bind_fp8_matmul(py::module_& m) {
       "fp8_matmul",
       [](address a, address scale_a, address b, address scale_b, address bias, address d, int64_t m, int64_t n,
          int64_t k, int64_t lda, int64_t ldb, int64_t ldd, int64_t scale_a_stride_m, int64_t scale_a_stride_k,
-         int64_t scale_b_stride_n, int64_t scale_b_stride_k, int out_dtype, int bias_dtype, int tile_m, int tile_n,
-         int stages, int cluster, int raster, int ctas, address stream) {
+         int64_t scale_b_stride_n, int64_t scale_b_stride_k, int out_dtype, int bias_dtype, bool accumulate, int tile_m,
+         int tile_n, int cluster_m, int cluster_n, bool swap, int raster, int ctas, address stream) {
         launch_fp8_matmul({at<void>(a),
                            at<float>(scale_a),
                            at<void>(b),
@@ -141,20 +141,23 @@ void bind_fp8_matmul(py::module_& m) {
                            scale_b_stride_k,
                            Dtype(out_dtype),
                            Dtype(bias_dtype),
+                           accumulate,
                            tile_m,
                            tile_n,
-                           stages,
-                           cluster,
+                           cluster_m,
+                           cluster_n,
+                           swap,
                            raster,
                            ctas,
                            at<void>(stream)});
       },
       kw_only(), "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "bias"_a, "d"_a, "m"_a, "n"_a, "k"_a, "lda"_a, "ldb"_a,
       "ldd"_a, "scale_a_stride_m"_a, "scale_a_stride_k"_a, "scale_b_stride_n"_a, "scale_b_stride_k"_a, "out_dtype"_a,
-      "bias_dtype"_a, "tile_m"_a, "tile_n"_a, "stages"_a, "cluster"_a, "raster"_a, "ctas"_a, "stream"_a, release_gil());
+      "bias_dtype"_a, "accumulate"_a, "tile_m"_a, "tile_n"_a, "cluster_m"_a, "cluster_n"_a, "swap"_a, "raster"_a,
+      "ctas"_a, "stream"_a, release_gil());
   py::list instances;
   for (const Fp8MatmulInstance& i : fp8_matmul_instances())
-    instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.stages, i.cluster));
+    instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.swap, i.stages));
   m.attr("fp8_matmul_instances") = py::tuple(instances);
 }
 #endif

@@ -20,8 +20,9 @@ cuda_version: int
 ops: tuple[str, ...]
 """The functions below that were compiled in. `fp8_matmul` needs "90a" among the architectures."""
 
-fp8_matmul_instances: tuple[tuple[int, int, int, int, int], ...]
-"""What `fp8_matmul` was compiled for: (out_dtype, tile_m, tile_n, stages, cluster). Only there if it is in `ops`."""
+fp8_matmul_instances: tuple[tuple[int, int, int, int, int, bool, int], ...]
+"""What `fp8_matmul` was compiled for: (out_dtype, tile_m, tile_n, cluster_m, cluster_n, swap), and the stages of each.
+Only there if it is in `ops`."""
 
 def fp8_quantize(
     *,
@@ -141,10 +142,12 @@ def fp8_matmul(
     scale_b_stride_k: int,
     out_dtype: int,
     bias_dtype: int,
+    accumulate: bool,
     tile_m: int,
     tile_n: int,
-    stages: int,
-    cluster: int,
+    cluster_m: int,
+    cluster_n: int,
+    swap: bool,
     raster: int,
     ctas: int,
     stream: int,
@@ -154,9 +157,10 @@ def fp8_matmul(
     a, b e4m3; scale_a [m, ceil(k/128)] and scale_b [ceil(n/128), ceil(k/128)] fp32 with any two strides; d of
     `out_dtype` BF16 or FP32; bias of `bias_dtype` BF16 or FP32, may be 0. sm_90a only.
     Needs a, b, d 16-byte aligned, lda % 16 == 0, ldb % 16 == 0, ldd * itemsize % 16 == 0, k % 16 == 0, n % 8 == 0.
-    Anything not among `fp8_matmul_instances` raises. `ctas` CTAs run, a multiple of `cluster`; a cluster of 2 takes two
-    tiles along m and shares b. `raster` >= 1: that many rows of clusters are walked before the next column of tiles, so
-    that their operands stay in L2.
+    `accumulate` adds that to d. Anything not among `fp8_matmul_instances` raises. `ctas` CTAs run, a multiple of the
+    cluster: cluster_m tiles along m fetch their rows of b for each other, cluster_n along n their rows of a; one of the
+    two is 1. `swap`: b is the operand that wgmma takes 64 rows of. `raster` >= 1: that many rows of clusters are walked
+    before the next column of tiles, so that their operands stay in L2.
     """
 
 class cpu:

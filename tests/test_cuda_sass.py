@@ -46,19 +46,21 @@ def compile_kernels(op: str, arch: str) -> tuple[dict[str, Kernel], str]:
     if nvcc is None or reader is None:
         pytest.skip("needs nvcc" if nvcc is None else "needs cuobjdump: beside nvcc or in the triton wheel")
     harness.BUILD.mkdir(parents=True, exist_ok=True)
-    compiled = harness.BUILD / f"{op}.sm_{arch}.{os.getpid()}.o"
-    command = [nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-c"]
-    command += ["--expt-relaxed-constexpr", "-I", harness.ROOT / "csrc", "-o", compiled]
-    command += [harness.ROOT / "csrc" / op / "launch.cu"]
-    said = subprocess.run(command, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    try:
-        dump = subprocess.run([reader, "-sass", compiled], capture_output=True, text=True, check=True).stdout
-    finally:
-        compiled.unlink()
+    said, dump = "", ""
+    for source in sorted((harness.ROOT / "csrc" / op).glob("launch*.cu")):
+        compiled = harness.BUILD / f"{op}.{source.stem}.sm_{arch}.{os.getpid()}.o"
+        command = [nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-c"]
+        command += ["--expt-relaxed-constexpr", "-I", harness.ROOT / "csrc", "-o", compiled, source]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        said += result.stderr
+        try:
+            dump += subprocess.run([reader, "-sass", compiled], capture_output=True, text=True, check=True).stdout
+        finally:
+            compiled.unlink()
     sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", dump, re.S))
     kernels = {}
-    for part in said.stderr.split("Compiling entry function '")[1:]:
+    for part in said.split("Compiling entry function '")[1:]:
         name = part.split("'")[0]
 
         def number(pattern, part=part):
@@ -72,7 +74,7 @@ def compile_kernels(op: str, arch: str) -> tuple[dict[str, Kernel], str]:
             number(r"(\d+) bytes smem"),
             sass[name],
         )
-    return kernels, said.stderr
+    return kernels, said
 
 
 @pytest.mark.parametrize("op, arch", CASES)
@@ -102,12 +104,15 @@ def test_whole_rows_move_in_16_byte_words(op, arch):
 
 def test_fp8_matmul_uses_the_hopper_units():
     kernels, _ = compile_kernels("fp8_matmul", "90a")
-    multicast = 0
+    assert {name for name in kernels if "MatmulConfig" in name} == kernels.keys()
     for name, kernel in kernels.items():
-        for unit in ("QGMMA", "UTMALDG.2D", "UTMASTG.2D", "USETMAXREG", "LDGSTS", "ARRIVES.LDGSTSBAR"):
+        out, cluster_m, cluster_n, swap = re.search(
+            r"MatmulConfigI(f|13__nv_bfloat16)Li\d+ELi\d+ELi(\d)ELi(\d)ELb([01])E", name
+        ).groups()
+        for unit in ("QGMMA", "UTMALDG.2D", "UTMASTG.2D", "USETMAXREG", "LDGSTS", "ARRIVES.LDGSTSBAR", "ACQBULK"):
             assert unit in kernel.sass, f"{unit} in {name}"
-        multicast += "UTMALDG.2D.MULTICAST" in kernel.sass
-    assert multicast == 2  # one for each type of d
+        assert ("UTMALDG.2D.MULTICAST" in kernel.sass) == (cluster_m + cluster_n != "11"), name
+        assert (("STSM.16.MT88" if swap == "1" else "STSM.16.M88") in kernel.sass) == (out != "f"), name
 
 
 def test_the_generated_wgmma_is_up_to_date():

@@ -35,13 +35,10 @@ def matmul_problem(m, n, k):
 
 
 def run_matmul(
-    model, m, n, k, *, tile=(128, 128), stages=None, cluster=1, ctas=2, raster=2, out_dtype=torch.bfloat16,
-    bias_dtype=None, mn_major=True, ld_pad=0,
+    model, m, n, k, *, tile=(128, 192), cluster=(1, 1), swap=False, ctas=2, raster=2, out_dtype=torch.bfloat16,
+    bias_dtype=None, accumulate=False, mn_major=True, ld_pad=0,
 ):  # fmt: skip
     a, scale_a, b, scale_b, exact, magnitude = matmul_problem(m, n, k)
-    if stages is None:
-        key = (harness.DTYPES[out_dtype], *tile)
-        stages = next(i[3] for i in model.fp8_matmul_instances if i[:3] == key and i[4] == cluster)
     if bias_dtype is not None:
         bias = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(bias_dtype)
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
@@ -51,13 +48,16 @@ def run_matmul(
     scale_a = guarded.copy("scale_a", scale_a, stride=harness.mn_major(m) if mn_major else None)
     scale_b = guarded.copy("scale_b", scale_b)
     d = guarded.empty("d", (m, n), out_dtype, stride=(n + ld_pad, 1))
+    if accumulate:
+        d.copy_(torch.randn(m, n, generator=torch.Generator().manual_seed(m)))
+        exact, magnitude = exact + d.double(), magnitude + d.double().abs()
     model.fp8_matmul(
         a=a.data_ptr(), scale_a=scale_a.data_ptr(), b=b.data_ptr(), scale_b=scale_b.data_ptr(), d=d.data_ptr(),
         bias=0 if bias_dtype is None else guarded.copy("bias", bias).data_ptr(), m=m, n=n, k=k, lda=a.stride(0),
         ldb=b.stride(0), ldd=d.stride(0), scale_a_stride_m=scale_a.stride(0), scale_a_stride_k=scale_a.stride(1),
         scale_b_stride_n=scale_b.stride(0), scale_b_stride_k=scale_b.stride(1), out_dtype=harness.DTYPES[out_dtype],
-        bias_dtype=harness.DTYPES[bias_dtype or out_dtype], tile_m=tile[0], tile_n=tile[1], stages=stages,
-        cluster=cluster, raster=raster, ctas=ctas, stream=0,
+        bias_dtype=harness.DTYPES[bias_dtype or out_dtype], accumulate=accumulate, tile_m=tile[0], tile_n=tile[1],
+        cluster_m=cluster[0], cluster_n=cluster[1], swap=swap, raster=raster, ctas=ctas, stream=0,
     )  # fmt: skip
     error = (d.double() - exact).abs()
     step = exact.abs() / 256 if out_dtype == torch.bfloat16 else 0
@@ -73,36 +73,52 @@ if harness.FULL:
     MATMUL_SHAPES = [(m, n, k, 2) for m, n, k in grid]
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("tile, cluster", [((128, 192), (1, 1)), ((128, 128), (2, 1)), ((256, 128), (1, 2))])
 @pytest.mark.parametrize("m, n, k, ctas", MATMUL_SHAPES)
-def test_fp8_matmul(model, m, n, k, ctas, cluster):
+def test_fp8_matmul(model, m, n, k, ctas, tile, cluster):
     def run(seed):
         run_matmul(
-            model, m, n, k, cluster=cluster, ctas=ctas * cluster, raster=1 + seed % 3, mn_major=seed % 2 == 0,
-            ld_pad=seed % 4 // 3 * 16, bias_dtype=(None, torch.bfloat16, torch.float32)[seed % 3],
+            model, m, n, k, tile=tile, cluster=cluster, ctas=ctas * cluster[0] * cluster[1], raster=1 + seed % 3,
+            mn_major=seed % 2 == 0, ld_pad=seed % 4 // 3 * 16,
+            bias_dtype=(None, torch.bfloat16, torch.float32)[seed % 3],
         )  # fmt: skip
 
     harness.under_every_schedule(run, harness.SEEDS[:20])
 
 
-def test_every_instance_of_fp8_matmul(model):
+def instances(model):
     dtypes = {code: dtype for dtype, code in harness.DTYPES.items()}
-    for out_dtype, tile_m, tile_n, stages, cluster in model.fp8_matmul_instances:
-        run = functools.partial(
-            run_matmul, model, 130, 264, 144, tile=(tile_m, tile_n), stages=stages, cluster=cluster, ctas=2,
-            out_dtype=dtypes[out_dtype], bias_dtype=torch.float32,
+    for out_dtype, tile_m, tile_n, cluster_m, cluster_n, swap, _ in model.fp8_matmul_instances:
+        yield dict(
+            out_dtype=dtypes[out_dtype], tile=(tile_m, tile_n), cluster=(cluster_m, cluster_n), swap=swap,
+            ctas=cluster_m * cluster_n,
         )  # fmt: skip
-        harness.under_every_schedule(lambda seed, run=run: run(), harness.SEEDS[:3])
+
+
+def test_every_instance_of_fp8_matmul(model):
+    """Rows and columns past the last tile, two scale blocks of b in a tile, a partial block of k, more blocks than
+    stages."""
+    for i, options in enumerate(instances(model)):
+        few = options["tile"][0] < 64
+
+        def run(seed, i=i, options=options, few=few):
+            m, n, k = ((3, 136, 2064), (21, 264, 144), (70, 392, 528))[(seed + i) % 3] if few else (130, 264, 272)
+            run_matmul(
+                model, m, n, k, **options, bias_dtype=(torch.float32, None, torch.bfloat16)[seed % 3],
+                accumulate=seed % 2 == 0, mn_major=seed % 2 == 0,
+            )  # fmt: skip
+
+        harness.under_every_schedule(run, harness.SEEDS[:3])
 
 
 def test_fp8_matmul_says_what_it_cannot_do(model):
     model.configure()
-    with pytest.raises(RuntimeError, match="no instance for out_dtype 2, tile 128x96, 5 stages, cluster 1"):
-        run_matmul(model, 1, 8, 16, tile=(128, 96), stages=5)
+    with pytest.raises(RuntimeError, match="no instance for out_dtype 2, tile 128x96, cluster 1x1, swapped"):
+        run_matmul(model, 1, 8, 16, tile=(128, 96), swap=True)
     with pytest.raises(RuntimeError, match=r"wanted .*n % 8 == 0.*, got n = 12"):
         run_matmul(model, 1, 12, 16)
     with pytest.raises(RuntimeError, match="ctas = 3, cluster = 2"):
-        run_matmul(model, 1, 8, 16, cluster=2, ctas=3)
+        run_matmul(model, 1, 8, 16, cluster=(2, 1), ctas=3)
     with pytest.raises(RuntimeError, match="row stride not a multiple of 16"):
         run_matmul(model, 2, 8, 16, ld_pad=1)
 
@@ -134,7 +150,13 @@ MATMUL_BUGS = {
 
 @pytest.mark.parametrize("bug, cluster", MATMUL_BUGS.items())
 def test_bugs_of_fp8_matmul(model, bug, cluster):
-    harness.assert_caught(lambda: run_matmul(model, 200, 264, 1024, cluster=cluster, mn_major=False), bug)
+    harness.assert_caught(lambda: run_matmul(model, 200, 264, 1024, cluster=(cluster, 1), mn_major=False), bug)
+
+
+def test_bugs_of_accumulating(model):
+    run = functools.partial(run_matmul, model, 130, 24, 16, accumulate=True, ctas=1)
+    harness.assert_caught(run, "previous_rows_unmasked")
+    harness.assert_caught(run, "dependency_wait_missing")
 
 
 def test_store_wait_of_fp8_matmul(model):

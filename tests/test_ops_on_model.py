@@ -12,6 +12,7 @@ import torch
 import deepseek_kernels as dk
 from deepseek_kernels.device import CPU
 from deepseek_kernels.ops._registry import OPERATORS
+from deepseek_kernels.plan import _fp8_hopper as fp8_hopper
 from deepseek_kernels.plan import fp8_matmul as fp8_matmul_plan
 from deepseek_kernels.plan.backend import Environment
 from deepseek_kernels.testing import samples as sampling
@@ -95,7 +96,9 @@ def test_fp8_matmul_copies_what_the_hopper_kernel_cannot_address():
 
 
 def test_fp8_matmul_plan_knows_the_compiled_instances(model):
-    compiled = {}
-    for dtype, *instance in model.fp8_matmul_instances:
-        compiled.setdefault({model.BF16: "bfloat16", model.FP32: "float32"}[dtype], []).append(tuple(instance))
+    names, compiled = {model.BF16: "bfloat16", model.FP32: "float32"}, {}
+    for dtype, *instance, stages in model.fp8_matmul_instances:
+        compiled.setdefault(names[dtype], []).append(tuple(instance))
+        out_bytes = fp8_matmul_plan.ELEMENT_BYTES[names[dtype]]
+        assert stages == fp8_hopper.stages(fp8_hopper.Tile(*instance), out_bytes), instance
     assert {d: sorted(i) for d, i in compiled.items()} == {d: sorted(i) for d, i in fp8_matmul_plan.INSTANCES.items()}

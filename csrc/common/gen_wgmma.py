@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints sm90_wgmma.inc: one inline-PTX specialisation per N of each wgmma form in sm90.cuh."""
 
-NS = [16, 32, 64, 128, 192, 256]
+NS = [8, 16, 32, 64, 112, 128, 192, 256]
 KINDS = {
     "e4m3_ss": ("k32.f32.e4m3.e4m3", [], False),
     "bf16_ss": ("k16.f32.bf16.bf16", ["kTransA", "kTransB"], False),

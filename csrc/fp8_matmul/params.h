@@ -18,15 +18,20 @@ struct Fp8MatmulParams {
   int64_t scale_a_stride_m, scale_a_stride_k;
   int64_t scale_b_stride_n, scale_b_stride_k;
   Dtype out_dtype, bias_dtype;  // kBf16 or kFp32
-  int tile_m, tile_n, stages, cluster;
-  int raster;  // rows of clusters walked before the next column of tiles
-  int ctas;    // a multiple of cluster
+  bool accumulate;              // add to what is in d
+  int tile_m, tile_n;
+  int cluster_m, cluster_n;  // tiles of a cluster; one of both is 1
+  bool swap;                 // b is the operand with the 64 rows of wgmma
+  int raster;                // rows of clusters walked before the next column of tiles
+  int ctas;                  // a multiple of the cluster
   void* stream;
 };
 
 struct Fp8MatmulInstance {
   Dtype out_dtype;
-  int tile_m, tile_n, stages, cluster;
+  int tile_m, tile_n, cluster_m, cluster_n;
+  bool swap;
+  int stages;  // chosen by what fits
 };
 
 std::vector<Fp8MatmulInstance> fp8_matmul_instances();

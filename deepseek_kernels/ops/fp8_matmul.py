@@ -157,6 +157,8 @@ def _cuda(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     a, b = _vector_rows(a), _vector_rows(b)
     bias = bias if bias is None else bias.contiguous()
     d = out if _in_vectors(out) else _allocate.empty(out.shape, out.dtype, out.device)
+    if accumulate and d is not out:
+        d.copy_(out)
     address = _extension.address
     _extension.module().fp8_matmul(
         a=address(a), scale_a=address(scale_a), b=address(b), scale_b=address(scale_b), bias=address(bias),
@@ -164,8 +166,9 @@ def _cuda(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
         scale_a_stride_m=scale_a.stride(0), scale_a_stride_k=scale_a.stride(1),
         scale_b_stride_n=scale_b.stride(0), scale_b_stride_k=scale_b.stride(1),
         out_dtype=_extension.dtype_code(d.dtype), bias_dtype=_extension.dtype_code((d if bias is None else bias).dtype),
-        tile_m=config.tile_m, tile_n=config.tile_n, stages=config.stages, cluster=config.cluster,
-        raster=config.raster, ctas=config.ctas, stream=_extension.stream(a),
+        accumulate=accumulate, tile_m=config.tile_m, tile_n=config.tile_n, cluster_m=config.cluster_m,
+        cluster_n=config.cluster_n, swap=config.swap, raster=config.raster, ctas=config.ctas,
+        stream=_extension.stream(a),
     )  # fmt: skip
     if d is not out:
         out.copy_(d)

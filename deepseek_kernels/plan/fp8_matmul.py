@@ -1,11 +1,11 @@
 """Plan of `fp8_matmul`: which tile, how many of them, and how k is shared out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import sqrt
+from dataclasses import astuple, dataclass, replace
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
+from . import _fp8_hopper as hopper
 from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -45,13 +45,9 @@ class Config:
 
 
 @dataclass(frozen=True)
-class CudaConfig:
+class CudaConfig(hopper.Tile):
     """Of the Hopper kernel: a compiled instance, `ctas` blocks that stay, `raster` rows of clusters walked together."""
 
-    tile_m: int
-    tile_n: int
-    stages: int
-    cluster: int
     raster: int = 1
     ctas: int = 1
 
@@ -122,8 +118,6 @@ def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
 def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
     if p.granularity_b != "128x128":
         return f"takes 128x128 scales of b, got {p.granularity_b}"
-    if p.accumulate:
-        return "does not accumulate"
     if p.out_dtype == "float16" or p.bias_dtype == "float16":
         return "reads and writes bf16 and fp32, not fp16"
     if p.k == 0:
@@ -166,18 +160,30 @@ TILES_HOPPER = (
 )
 """From compute capability 9.0 the tensor cores take e4m3 in 64 rows, and fewer only as fp16: few tokens are columns."""
 INSTANCES = {
-    # tile_m, tile_n, stages, cluster
+    # tile_m, tile_n, cluster_m, cluster_n, swap
     "bfloat16": (
-        (128, 128, 5, 1),
-        (128, 128, 5, 2),
-        (64, 128, 8, 1),
-        (64, 64, 10, 1),
-        (64, 32, 12, 1),
-        (64, 16, 12, 1),
+        (64, 16, 1, 1, False),
+        (64, 32, 1, 1, False),
+        (64, 32, 1, 2, False),
+        (64, 64, 1, 2, False),
+        (128, 32, 1, 2, False),
+        (128, 64, 1, 2, False),
+        (8, 64, 1, 1, True),
+        (16, 64, 1, 1, True),
+        (32, 64, 1, 2, True),
+        (16, 128, 1, 1, True),
+        (32, 128, 1, 1, True),
+        (64, 128, 1, 2, True),
+        (128, 112, 1, 2, False),
+        (128, 128, 2, 1, False),
+        (128, 128, 1, 2, False),
+        (128, 192, 1, 1, False),
+        (128, 192, 2, 1, False),
+        (256, 128, 1, 2, False),
     ),
-    "float32": ((128, 128, 4, 1), (128, 128, 4, 2), (64, 64, 10, 1)),
+    "float32": ((64, 64, 1, 1, False), (128, 128, 1, 1, False), (128, 128, 2, 1, False)),
 }
-"""What csrc/fp8_matmul/launch.cu compiles."""
+"""What csrc/fp8_matmul/launch_*.cu compile."""
 SPLITS = (1, 2, 4, 8, 16)
 MAX_SPLIT_ROWS = 256
 """Above, the tiles fill the device without sharing out k."""
@@ -185,7 +191,7 @@ MAX_SPLIT_ROWS = 256
 
 def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Sequence[Config | CudaConfig]:
     if backend == "cuda":
-        return [_cuda_config(p, device, *i) for i in INSTANCES.get(p.out_dtype, ())]
+        return [_cuda_config(p, device, hopper.Tile(*i)) for i in INSTANCES.get(p.out_dtype, ())]
     if device.kind == "cpu":  # what the interpreter checks: every path of the kernel over the shapes of the tests
         few = p.m <= 16
         return [Config(16 if few else 32, 64, 4, 3, few, 2 if few else 1, 2, native_fp8=False)]
@@ -194,25 +200,14 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Seque
     for tile in TILES_HOPPER if device.arch >= 90 else TILES:
         config = replace(Config(*tile), native_fp8=device.arch >= 89)
         concurrent = device.num_sms * resident(config, device)
-        group = _group(ceil_div(p.m, config.block_m), config.block_m, config.block_n, concurrent)
+        group = hopper.group_of(ceil_div(p.m, config.block_m), config.block_m, config.block_n, concurrent)
         configs += [replace(config, split_k=s, group_m=group) for s in splits]
     return [c for c in configs if not is_legal(c, p, device)]
 
 
-def _cuda_config(p: Problem, device: DeviceSpec, tile_m: int, tile_n: int, stages: int, cluster: int) -> CudaConfig:
-    clusters_m = ceil_div(p.m, tile_m * cluster)
-    clusters = min(clusters_m * ceil_div(p.n, tile_n), max(device.num_sms // cluster, 1))
-    raster = _group(clusters_m, tile_m * cluster, tile_n, device.num_sms // cluster)
-    return CudaConfig(tile_m, tile_n, stages, cluster, raster, max(clusters, 1) * cluster)
-
-
-def _group(tiles_m: int, block_m: int, block_n: int, concurrent: int) -> int:
-    """Rows of tiles to walk together so that the tiles that run at the same time touch the fewest rows of a and b: a
-    power of two near the square root, and no more than there are."""
-    group = 1
-    while group < tiles_m and 2 * group <= 1.5 * sqrt(concurrent * block_n / block_m):
-        group *= 2
-    return group
+def _cuda_config(p: Problem, device: DeviceSpec, t: hopper.Tile) -> CudaConfig:
+    ctas = hopper.ctas(t, hopper.clusters(t, [p.m], p.n), device)
+    return CudaConfig(*astuple(t), hopper.raster(t, p.m, device), ctas)
 
 
 def shared_memory(c: Config) -> int:
@@ -223,7 +218,7 @@ def shared_memory(c: Config) -> int:
 def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
     """Why not; empty if it is."""
     if isinstance(c, CudaConfig):
-        known = (c.tile_m, c.tile_n, c.stages, c.cluster) in INSTANCES.get(p.out_dtype, ())
+        known = (c.tile_m, c.tile_n, c.cluster_m, c.cluster_n, c.swap) in INSTANCES.get(p.out_dtype, ())
         return "" if known else "not among the compiled instances"
     if shared_memory(c) > device.shared_memory:
         return f"needs {shared_memory(c)} bytes of shared memory, the device has {device.shared_memory}"
@@ -242,8 +237,6 @@ def resident(c: Config, device: DeviceSpec) -> int:
 
 
 # What a tile waits for, beyond the data sheet. Round figures of published micro-benchmarks.
-L2_BYTES_PER_SM = 64e9  # per second
-MEMORY_LATENCY = 1e-6  # seconds from a load to its data, under traffic
 LAUNCH = 3e-6  # seconds that a second kernel costs
 DECODE_OPERATIONS = 3  # per e4m3 value where the tensor cores take none
 
@@ -255,13 +248,8 @@ def cost(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> float:
 
 
 def _cost_cuda(c: CudaConfig, p: Problem, device: DeviceSpec) -> float:
-    tiles = ceil_div(ceil_div(p.m, c.tile_m), c.cluster) * c.cluster * ceil_div(p.n, c.tile_n)
-    math, promotion = _math(c.tile_m, c.tile_n, device), _promotion(c.tile_m, c.tile_n, device)
-    # two warpgroups take turns: one scales while the other multiplies; one alone does both
-    math = max(math, promotion) if c.tile_m > 64 else math + promotion
-    read = _read((min(c.tile_m, p.m) + c.tile_n / c.cluster) * BLOCK, c.stages - 1)
-    seconds = ceil_div(tiles, device.num_sms) * (max(p.blocks, 1) * _overlap(math, read) + MEMORY_LATENCY)
-    return _overlap(seconds, bytes(p) / device.bandwidth)
+    clusters = hopper.clusters(c, [p.m], p.n)
+    return hopper.seconds(c, clusters, p.m, p.k, ELEMENT_BYTES[p.out_dtype], bytes(p), device)
 
 
 def _cost_triton(c: Config, p: Problem, device: DeviceSpec) -> float:
@@ -274,17 +262,12 @@ def _cost_triton(c: Config, p: Problem, device: DeviceSpec) -> float:
     read = _read(busy * (c.block_m + c.block_n) * BLOCK, c.num_stages - 1)
     waves = ceil_div(tiles, device.num_sms * programs)
     steps = max(ceil_div(p.blocks, c.split_k), 1)
-    seconds = waves * (steps * _overlap(busy * math, read) + MEMORY_LATENCY)
+    seconds = waves * (steps * hopper.overlap(busy * math, read) + hopper.MEMORY_LATENCY)
     traffic = bytes(p)
     if c.split_k > 1:
         seconds += LAUNCH
         traffic += 8 * c.split_k * p.m * p.n
-    return _overlap(seconds, traffic / device.bandwidth)
-
-
-def _overlap(a: float, b: float) -> float:
-    """What runs at the same time takes as long as the longer, and a little more: nothing overlaps perfectly."""
-    return max(a, b) + 0.1 * min(a, b)
+    return hopper.overlap(seconds, traffic / device.bandwidth)
 
 
 def _math(block_m: int, block_n: int, device: DeviceSpec) -> float:
@@ -297,7 +280,7 @@ def _promotion(block_m: int, block_n: int, device: DeviceSpec) -> float:
 
 def _read(step_bytes: float, steps_ahead: int) -> float:
     """Seconds of one step's loads on one SM: by the rate of L2, and by how many steps are under way."""
-    return max(step_bytes / L2_BYTES_PER_SM, MEMORY_LATENCY / max(steps_ahead, 1))
+    return max(step_bytes / hopper.L2_BYTES_PER_SM, hopper.MEMORY_LATENCY / max(steps_ahead, 1))
 
 
 def select(p: Problem, device: DeviceSpec, backend: str) -> Config | CudaConfig | None:

@@ -119,7 +119,7 @@ def _ninja_file(cxx: str) -> str:
     module = objects([HERE / "module.cpp"], "-O1")
     # The sanitizer's calls tell the model of every plain access (shared_memory.cpp); its library is not linked.
     kernels = ["-x", "c++", "-fsanitize=thread"]
-    module += objects([HERE / "hazards.cu", *ROOT.glob("csrc/*/launch.cu")], "-O2", *kernels)
+    module += objects([HERE / "hazards.cu", *ROOT.glob("csrc/*/launch*.cu")], "-O2", *kernels)
     primitives = objects([HERE / "primitives.cu"], "-O1", *kernels)
     lines += [f"build {BUILD}/_C_model.so: link {' '.join(model + module)}", "  flags = -shared"]
     lines += [f"build {BUILD}/primitives: link {' '.join(model + primitives)}"]
