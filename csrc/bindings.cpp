@@ -10,6 +10,7 @@
 #if defined(DEEPSEEK_KERNELS_CUDA)
 #include <cuda_runtime_api.h>
 
+#include "fp8_grouped_matmul/params.h"
 #include "fp8_matmul/params.h"
 #include "fp8_quantize/params.h"
 #include "moe_permute/params.h"
@@ -160,6 +161,55 @@ void bind_fp8_matmul(py::module_& m) {
     instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.swap, i.stages));
   m.attr("fp8_matmul_instances") = py::tuple(instances);
 }
+
+void bind_fp8_grouped_matmul(py::module_& m) {
+  m.def(
+      "fp8_grouped_matmul",
+      [](address a, address scale_a, address b, address scale_b, address groups, address d, int64_t num_rows, int64_t n,
+         int64_t k, int num_groups, bool masked, int64_t lda, int64_t ldb, int64_t a_group_rows, int64_t b_group_rows,
+         int64_t scale_a_stride_g, int64_t scale_a_stride_m, int64_t scale_a_stride_k, int64_t scale_b_stride_g,
+         int64_t scale_b_stride_n, int64_t scale_b_stride_k, int out_dtype, int tile_m, int tile_n, int cluster_m,
+         int cluster_n, bool swap, int raster, int ctas, address stream) {
+        launch_fp8_grouped_matmul({at<void>(a),
+                                   at<float>(scale_a),
+                                   at<void>(b),
+                                   at<float>(scale_b),
+                                   at<int32_t>(groups),
+                                   at<void>(d),
+                                   num_rows,
+                                   n,
+                                   k,
+                                   num_groups,
+                                   masked,
+                                   lda,
+                                   ldb,
+                                   a_group_rows,
+                                   b_group_rows,
+                                   scale_a_stride_g,
+                                   scale_a_stride_m,
+                                   scale_a_stride_k,
+                                   scale_b_stride_g,
+                                   scale_b_stride_n,
+                                   scale_b_stride_k,
+                                   Dtype(out_dtype),
+                                   tile_m,
+                                   tile_n,
+                                   cluster_m,
+                                   cluster_n,
+                                   swap,
+                                   raster,
+                                   ctas,
+                                   at<void>(stream)});
+      },
+      kw_only(), "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "groups"_a, "d"_a, "num_rows"_a, "n"_a, "k"_a, "num_groups"_a,
+      "masked"_a, "lda"_a, "ldb"_a, "a_group_rows"_a, "b_group_rows"_a, "scale_a_stride_g"_a, "scale_a_stride_m"_a,
+      "scale_a_stride_k"_a, "scale_b_stride_g"_a, "scale_b_stride_n"_a, "scale_b_stride_k"_a, "out_dtype"_a, "tile_m"_a,
+      "tile_n"_a, "cluster_m"_a, "cluster_n"_a, "swap"_a, "raster"_a, "ctas"_a, "stream"_a, release_gil());
+  py::list instances;
+  for (const Fp8GroupedMatmulInstance& i : fp8_grouped_matmul_instances())
+    instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.swap, i.stages));
+  m.attr("fp8_grouped_matmul_instances") = py::tuple(instances);
+}
 #endif
 #endif
 
@@ -174,7 +224,8 @@ void bind(py::module_& m) {
   std::string ops = "fp8_quantize,moe_permute,moe_permute_quantize,moe_unpermute";
 #if defined(DEEPSEEK_KERNELS_SM90A)
   bind_fp8_matmul(m);
-  ops += ",fp8_matmul";
+  bind_fp8_grouped_matmul(m);
+  ops += ",fp8_matmul,fp8_grouped_matmul";
 #endif
   m.attr("ops") = split(ops);
   m.attr("architectures") = split(DEEPSEEK_KERNELS_ARCHS);

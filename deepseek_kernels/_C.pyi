@@ -163,6 +163,50 @@ def fp8_matmul(
     before the next column of tiles, so that their operands stay in L2.
     """
 
+fp8_grouped_matmul_instances: tuple[tuple[int, int, int, int, int, bool, int], ...]
+"""As `fp8_matmul_instances`."""
+
+def fp8_grouped_matmul(
+    *,
+    a: int,
+    scale_a: int,
+    b: int,
+    scale_b: int,
+    groups: int,
+    d: int,
+    num_rows: int,
+    n: int,
+    k: int,
+    num_groups: int,
+    masked: bool,
+    lda: int,
+    ldb: int,
+    a_group_rows: int,
+    b_group_rows: int,
+    scale_a_stride_g: int,
+    scale_a_stride_m: int,
+    scale_a_stride_k: int,
+    scale_b_stride_g: int,
+    scale_b_stride_n: int,
+    scale_b_stride_k: int,
+    out_dtype: int,
+    tile_m: int,
+    tile_n: int,
+    cluster_m: int,
+    cluster_n: int,
+    swap: bool,
+    raster: int,
+    ctas: int,
+    stream: int,
+) -> None:
+    """As `fp8_matmul`, of the rows of each group with its own b [num_groups, n, k]. At most 1024 groups; sm_90a only.
+
+    Group g has the rows groups[g] <= r < groups[g + 1] of a [num_rows, k] (clamped to num_rows, and never decreasing),
+    and rows of no group become zero. Masked: the first groups[g] rows of a[g] of [num_groups, num_rows, k], and the
+    other rows of d are left alone. groups is int32, d contiguous. Matrix g of b (and of a, if masked) begins
+    g * b_group_rows (g * a_group_rows) rows after the first.
+    """
+
 class cpu:
     """A submodule of kernels for CPU memory.
 

@@ -102,9 +102,11 @@ def test_whole_rows_move_in_16_byte_words(op, arch):
             assert not re.search(r"\bSTG\.E\.(U8|U16|64)", kernel.sass), name
 
 
-def test_fp8_matmul_uses_the_hopper_units():
-    kernels, _ = compile_kernels("fp8_matmul", "90a")
-    assert {name for name in kernels if "MatmulConfig" in name} == kernels.keys()
+@pytest.mark.parametrize("op", ["fp8_matmul", "fp8_grouped_matmul"])
+def test_fp8_matmuls_use_the_hopper_units(op):
+    kernels, _ = compile_kernels(op, "90a")
+    kernels = {name: kernel for name, kernel in kernels.items() if "MatmulConfig" in name}
+    assert kernels
     for name, kernel in kernels.items():
         out, cluster_m, cluster_n, swap = re.search(
             r"MatmulConfigI(f|13__nv_bfloat16)Li\d+ELi\d+ELi(\d)ELi(\d)ELb([01])E", name

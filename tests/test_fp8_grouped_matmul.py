@@ -1,12 +1,15 @@
 """`fp8_grouped_matmul`: what the contract cannot know."""
 
+import re
+
 import pytest
 import torch
 
 import deepseek_kernels as dk
-from deepseek_kernels.device import A100, GPUS, H100, L40S
+from deepseek_kernels.device import A100, GPUS, H100, H200, L40S
 from deepseek_kernels.ops._registry import OPERATORS
 from deepseek_kernels.plan import fp8_grouped_matmul as plan
+from deepseek_kernels.plan.backend import Environment
 from deepseek_kernels.reference.fp8_quantize import fp8_dequantize, fp8_quantize
 from deepseek_kernels.shapes import align_up, padded_columns
 from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits, distance
@@ -205,3 +208,48 @@ def test_padded_columns_is_the_least_bound():
     for num_experts in range(4):
         assert [padded_columns(r, num_experts) for r in range(300)] == widest
         widest = [max(widest[r - own] + align_up(own, 128) for own in range(r + 1)) for r in range(300)]
+
+
+def _hopper_tile(rows: int, num_experts: int, n: int, k: int, device=H100, **options) -> plan.CudaConfig:
+    p = plan.Problem(rows, n, k, num_experts, **options)
+    c = plan.select(p, device, "cuda")
+    assert plan.is_legal(c, p, device) == ""
+    assert c.cluster_m == 1, "a cluster along m could have rows of two experts"
+    assert c.ctas == device.num_sms and c.ctas % c.cluster == 0 and c.raster >= 1
+    return c
+
+
+@pytest.mark.parametrize("device", [H100, H200], ids=lambda d: d.name)
+@pytest.mark.parametrize("layout", ["contiguous", "masked"])
+def test_hopper_tiles_of_the_published_sizes(device, layout):
+    for n, k in ((4096, 7168), (7168, 2048)):
+        for num_experts in (4, 8):
+            c = _hopper_tile(32768, num_experts, n, k, device, layout=layout)
+            assert (c.tile_m, c.tile_n, c.cluster_n) == (256, 128, 2)
+        decode = _hopper_tile(640, 32, n, k, device, layout=layout)
+        assert decode.swap and decode.tile_m == 64
+        assert _hopper_tile(512, 256, n, k, device, layout=layout).tile_m <= 16
+
+
+def test_every_hopper_instance_is_somebodys_best():
+    for out_dtype, instances in plan.INSTANCES.items():
+        picked = set()
+        for rows, num_experts in ((8, 8), (1024, 1), (4096, 256), (640, 32), (6144, 32), (32768, 256), (32768, 8)):
+            for n, k in ((512, 7168), (4096, 7168), (7168, 2048)):
+                c = _hopper_tile(rows, num_experts, n, k, out_dtype=out_dtype)
+                picked.add((c.tile_m, c.tile_n, c.cluster_m, c.cluster_n, c.swap))
+        assert picked == set(instances), set(instances) - picked
+
+
+@pytest.mark.parametrize(
+    ("p", "why"),
+    [
+        (plan.Problem(8, 16, 0, 2), "needs k of at least 16"),
+        (plan.Problem(8, 16, 32, 1025), "at most 1024 experts"),
+        (plan.Problem(8, 16, 32, 1024), "^$"),
+    ],
+)
+def test_what_the_hopper_kernel_takes(p, why):
+    env = Environment(extension_ops=frozenset({"fp8_grouped_matmul"}), extension_archs=frozenset({90}))
+    assert re.search(why, plan.backends(p, H100, env)["cuda"])
+    assert "8.0" in plan.backends(plan.Problem(8, 16, 32, 2), A100, env)["cuda"]

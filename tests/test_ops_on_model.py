@@ -13,11 +13,13 @@ import deepseek_kernels as dk
 from deepseek_kernels.device import CPU
 from deepseek_kernels.ops._registry import OPERATORS
 from deepseek_kernels.plan import _fp8_hopper as fp8_hopper
+from deepseek_kernels.plan import fp8_grouped_matmul as fp8_grouped_matmul_plan
 from deepseek_kernels.plan import fp8_matmul as fp8_matmul_plan
 from deepseek_kernels.plan.backend import Environment
 from deepseek_kernels.testing import samples as sampling
 from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits
 from deepseek_kernels.testing.guard import guarded_allocations
+from deepseek_kernels.testing.samples.fp8_grouped_matmul import quantized
 from deepseek_kernels.testing.samples.fp8_matmul import operands
 
 sys.path.insert(0, str(Path(__file__).parent / "hopper_model"))
@@ -28,7 +30,7 @@ SEEDS = harness.SEEDS[:3]
 
 def _cases():
     for op in OPERATORS.values():
-        env = Environment(extension_ops=frozenset({op.name.partition(".")[0]}), on_model=True)
+        env = Environment(extension_ops=frozenset({op.name.partition(".")[0], op.family}), on_model=True)
         for i, s in enumerate(sampling.samples(op)):
             problem = op.problem(*op.fill(s.args, s.kwargs))
             if "cuda" in op.backends and not op.plan.backends(problem, CPU, env)["cuda"]:
@@ -95,10 +97,39 @@ def test_fp8_matmul_copies_what_the_hopper_kernel_cannot_address():
     assert not frame[:, :5].any() and not frame[:, 29:].any()
 
 
-def test_fp8_matmul_plan_knows_the_compiled_instances(model):
+@pytest.mark.parametrize(
+    ("op", "plan", "reserved"),
+    [
+        ("fp8_matmul", fp8_matmul_plan, 0),
+        ("fp8_grouped_matmul", fp8_grouped_matmul_plan, fp8_grouped_matmul_plan.CUDA_RESERVED),
+    ],
+)
+def test_the_plan_knows_the_compiled_instances(model, op, plan, reserved):
     names, compiled = {model.BF16: "bfloat16", model.FP32: "float32"}, {}
-    for dtype, *instance, stages in model.fp8_matmul_instances:
+    for dtype, *instance, stages in getattr(model, f"{op}_instances"):
         compiled.setdefault(names[dtype], []).append(tuple(instance))
         out_bytes = fp8_matmul_plan.ELEMENT_BYTES[names[dtype]]
-        assert stages == fp8_hopper.stages(fp8_hopper.Tile(*instance), out_bytes), instance
-    assert {d: sorted(i) for d, i in compiled.items()} == {d: sorted(i) for d, i in fp8_matmul_plan.INSTANCES.items()}
+        assert stages == fp8_hopper.stages(fp8_hopper.Tile(*instance), out_bytes, reserved), instance
+    assert {d: sorted(i) for d, i in compiled.items()} == {d: sorted(i) for d, i in plan.INSTANCES.items()}
+
+
+def test_fp8_grouped_matmul_copies_what_the_hopper_kernel_cannot_address():
+    """Rows at odd addresses, experts that overlap or lie a fraction of a row apart, and slices of weights in place."""
+    g = torch.Generator().manual_seed(0)
+    a, scale_a, b, scale_b = quantized(g, 21, 24, 144, 3)
+    ends = torch.tensor([0, 5, 5, 21], dtype=torch.int32)
+
+    def framed(q, rows, columns):
+        wide = torch.zeros(*q.shape[:-2], q.shape[-2] + rows, q.shape[-1] + columns, dtype=torch.uint8).view(q.dtype)
+        wide[..., rows:, columns:] = q
+        return wide[..., rows:, columns:]
+
+    with dk.use_backend("reference"):
+        expected = dk.fp8_grouped_matmul(a, scale_a, b, scale_b, ends)
+        same = dk.fp8_grouped_matmul(a, scale_a, b[:1].expand(3, -1, -1), scale_b[:1].expand(3, -1, -1), ends)
+    with harness.model_extension(), dk.use_backend("cuda"):
+        for rows, columns in ((0, 3), (8, 0), (1, 16)):
+            got = dk.fp8_grouped_matmul(framed(a, rows, columns), scale_a, framed(b, rows, columns), scale_b, ends)
+            assert_close(got, expected, MATMUL)
+        got = dk.fp8_grouped_matmul(a, scale_a, b[:1].expand(3, -1, -1), scale_b[:1].expand(3, -1, -1), ends)
+        assert_close(got, same, MATMUL)

@@ -181,7 +181,7 @@ class ScaleLane {
   // Those of the next block of k, into dst[0, kScales).
   DEVICE_FN void load(float* dst) {
     const float* from = next_;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kScales; i += 32, from += 32 * rows_.stride)
       if (kScales % 32 == 0 || int(threadIdx.x) % 32 + i < kScales)
         cp_async_4(&dst[threadIdx.x % 32 + i], i < count_ ? from : rows_.base, i < count_);

@@ -135,7 +135,7 @@ DEVICE_FN void copy_rows(uint8_t* staging, const Output& out, int row0, int colu
   constexpr int kElements = 16 / C::kSize, kChunks = C::kSpanN / kElements;
   for (int i = threadIdx.x % kGroupThreads; i < rows * kChunks; i += kGroupThreads) {
     const int row = i / kChunks, column = i % kChunks * kElements;
-    if (column0 + column < out.columns)
+    if (column0 + column < out.columns || BUG(columns_unmasked))
       store16(static_cast<typename C::Out*>(out.d) + (row0 + row) * out.ld + column0 + column,
               *reinterpret_cast<const uint4*>(staged<C>(staging, row, column)));
   }
@@ -163,7 +163,7 @@ DEVICE_FN void finish_tile(typename C::Smem& s, const TensorMap& map, const Outp
     const int first = (group * C::kWaves + wave) * kWaveRows;
     const int row = C::kSwap ? 0 : first, column = t.column + (C::kSwap ? first : 0), rows = t.rows - row;
     uint8_t* staging = s.d[group][wave];
-    if (!kMaskRows || rows >= C::kBoxM) {
+    if (!kMaskRows || rows >= C::kBoxM || BUG(tails_stored_whole)) {
       if (stores) {
 #pragma unroll
         for (int box = 0; box < C::kSpanN / C::kBoxN; ++box)

@@ -6,7 +6,7 @@ import torch
 from ..plan import fp8_grouped_matmul as plan
 from ..reference import fp8_grouped_matmul as reference
 from ..shapes import BLOCK, ceil_div
-from . import _allocate, _grouped_cpu
+from . import _allocate, _extension, _grouped_cpu
 from . import _checks as checks
 from ._registry import register
 
@@ -150,6 +150,52 @@ def _empty(a, b, out_dtype):
     return _allocate.empty((*a.shape[:-1], b.shape[1]), out_dtype or torch.bfloat16, a.device)
 
 
+def _matrices(t: torch.Tensor) -> torch.Tensor:
+    """`t` [groups, rows, columns], or a copy, as the Hopper kernel addresses it: rows that begin at multiples of 16
+    bytes, a whole number of them from one group to the next."""
+    rows_apart = t.stride(1) >= t.shape[2] and t.stride(1) % 16 == 0 == t.data_ptr() % 16
+    groups_apart = t.shape[0] == 1 or (t.stride(0) >= t.shape[1] * t.stride(1) and t.stride(0) % t.stride(1) == 0)
+    fits = t.stride(2) == 1 and rows_apart and groups_apart
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
+
+
+def _group_rows(t: torch.Tensor) -> int:
+    return t.stride(0) // t.stride(1) if t.shape[0] > 1 else t.shape[1]
+
+
+def _launch(config, a, scale_a, b, scale_b, groups, out, masked: bool) -> None:
+    """a, scale_a and out [groups or 1, rows, ..]."""
+    if out.numel() == 0:
+        return
+    if b.shape[0] == 0:
+        out.zero_()
+        return
+    a, b = _matrices(a), _matrices(b)
+    address = _extension.address
+    _extension.module().fp8_grouped_matmul(
+        a=address(a), scale_a=address(scale_a), b=address(b), scale_b=address(scale_b), groups=address(groups),
+        d=address(out), num_rows=a.shape[1], n=b.shape[1], k=b.shape[2], num_groups=b.shape[0], masked=masked,
+        lda=a.stride(1), ldb=b.stride(1), a_group_rows=_group_rows(a) if masked else 0, b_group_rows=_group_rows(b),
+        scale_a_stride_g=scale_a.stride(0), scale_a_stride_m=scale_a.stride(1), scale_a_stride_k=scale_a.stride(2),
+        scale_b_stride_g=scale_b.stride(0), scale_b_stride_n=scale_b.stride(1), scale_b_stride_k=scale_b.stride(2),
+        out_dtype=_extension.dtype_code(out.dtype), tile_m=config.tile_m, tile_n=config.tile_n,
+        cluster_m=config.cluster_m, cluster_n=config.cluster_n, swap=config.swap, raster=config.raster,
+        ctas=config.ctas, stream=_extension.stream(a),
+    )  # fmt: skip
+
+
+def _cuda(config, a, scale_a, b, scale_b, expert_offsets, out_dtype):
+    out = _empty(a, b, out_dtype)
+    _launch(config, a[None], scale_a[None], b, scale_b, expert_offsets, out, False)
+    return out
+
+
+def _cuda_masked(config, a, scale_a, b, scale_b, counts, out_dtype, expected_m):
+    out = _empty(a, b, out_dtype)
+    _launch(config, a, scale_a, b, scale_b, counts, out, True)
+    return out
+
+
 def _triton(config, a, scale_a, b, scale_b, expert_offsets, out_dtype):
     from ..triton_kernels import fp8_grouped_matmul as kernel
 
@@ -192,7 +238,7 @@ register(
     fake=_fake,
     reference=reference.fp8_grouped_matmul,
     check_values=_check_values,
-    backends={"triton": _triton, "cpu": _cpu},
+    backends={"cuda": _cuda, "triton": _triton, "cpu": _cpu},
 )
 register(
     "fp8_grouped_matmul_masked(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor counts, "
@@ -203,5 +249,5 @@ register(
     fake=_fake,
     reference=reference.fp8_grouped_matmul_masked,
     check_values=_check_values_masked,
-    backends={"triton": _triton_masked, "cpu": _cpu_masked},
+    backends={"cuda": _cuda_masked, "triton": _triton_masked, "cpu": _cpu_masked},
 )

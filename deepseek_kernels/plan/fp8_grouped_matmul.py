@@ -1,12 +1,16 @@
 """Plan of `fp8_grouped_matmul`: the tiles of `grouped_matmul`, one FP8 block deep."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from math import ceil
 from typing import Literal
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
+from . import _fp8_hopper as hopper
 from . import grouped_matmul as grouped
-from .backend import Environment, cpu_reason, triton_reason
+from .backend import Environment, cpu_reason, cuda_reason, triton_reason
+from .fp8_matmul import CudaConfig
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,20 @@ def bytes(p: Problem) -> int:
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
     too_many = f"needs at most {grouped.MAX_EXPERTS} experts, got {p.num_experts}"
     return {
+        "cuda": _cuda(p, device, env),
         "triton": too_many if p.num_experts > grouped.MAX_EXPERTS else triton_reason(device, env),
         "cpu": cpu_reason("grouped_matmul", device, env),
     }
+
+
+def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
+    if p.layout not in ("contiguous", "masked"):
+        return f"has no kernel for the layout of {p.layout}"
+    if p.num_experts > CUDA_MAX_EXPERTS:
+        return f"needs at most {CUDA_MAX_EXPERTS} experts, got {p.num_experts}"
+    if p.k == 0:
+        return "needs k of at least 16"
+    return cuda_reason("fp8_grouped_matmul", device, env, archs=(90,))
 
 
 TILES = (
@@ -77,11 +92,34 @@ TILES = (
     (128, 128, 8, 3),
     (128, 128, 8, 4),
 )
+INSTANCES = {
+    # tile_m, tile_n, cluster_m, cluster_n, swap; no cluster lies along m, where its tiles could belong to two groups
+    "bfloat16": (
+        (8, 64, 1, 1, True),
+        (16, 128, 1, 1, True),
+        (32, 128, 1, 1, True),
+        (64, 128, 1, 2, True),
+        (128, 128, 1, 2, False),
+        (128, 192, 1, 2, False),
+        (256, 128, 1, 2, False),
+    ),
+    "float32": ((64, 64, 1, 2, False), (128, 128, 1, 2, False)),
+}
+"""What csrc/fp8_grouped_matmul/launch_*.cu compile."""
+CUDA_MAX_EXPERTS = 1024
+CUDA_RESERVED = 8 * (CUDA_MAX_EXPERTS + 1)
+"""Bytes of shared memory in which every CTA keeps where groups begin."""
 CPU_CONFIG = Config(16, 32, 2, 4, 1, False, 3)
 """Small, so that the interpreter meets several tiles and programs on small shapes."""
 
 
-def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Sequence[Config | CudaConfig]:
+    if backend == "cuda":
+        return [_cuda_config(p, device, hopper.Tile(*i)) for i in INSTANCES[p.out_dtype]]
+    return _triton_candidates(p, device)
+
+
+def _triton_candidates(p: Problem, device: DeviceSpec) -> list[Config]:
     if device.kind == "cpu":
         return [CPU_CONFIG]
     native = device.arch >= 89
@@ -101,7 +139,10 @@ def shared_memory(c: Config, p: Problem) -> int:
     return grouped.shared_memory(_tile(c), _unscaled(p)) + widened
 
 
-def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
+def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
+    if isinstance(c, CudaConfig):
+        known = astuple(c)[: len(astuple(hopper.Tile(0, 0)))] in INSTANCES[p.out_dtype]
+        return "" if known else "not among the compiled instances"
     if device.kind == "cpu":
         return ""
     if shared_memory(c, p) > device.shared_memory:
@@ -115,13 +156,35 @@ def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
     return ""
 
 
-def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
-    """Seconds, as for `grouped_matmul`."""
+def cost(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> float:
+    """Seconds, as for `grouped_matmul` and for `fp8_matmul`."""
+    if isinstance(c, CudaConfig):
+        size, clusters = grouped.ELEMENT_BYTES[p.out_dtype], _expected_clusters(c, p)
+        return hopper.seconds(c, clusters, _rows_per_group(p), p.k, size, bytes(p), device, CUDA_RESERVED)
     return grouped.cost(_tile(c), _unscaled(p), device)
 
 
-def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
+def _rows_per_group(p: Problem) -> int:
+    """Of the experts that have rows, on average."""
+    return ceil_div(p.num_rows, max(min(p.num_experts, p.num_rows), 1))
+
+
+def _expected_clusters(t: hopper.Tile, p: Problem) -> int:
+    """A group of any number of rows fills all of its tiles but the last one, and on average half of that."""
+    tiles = max(1.0, _rows_per_group(p) / (t.tile_m * t.cluster_m) + 0.5)
+    return ceil(min(p.num_experts, p.num_rows) * tiles) * ceil_div(p.n, t.tile_n * t.cluster_n)
+
+
+def _cuda_config(p: Problem, device: DeviceSpec, t: hopper.Tile) -> CudaConfig:
+    """The host does not know how many tiles there are: all CTAs start."""
+    ctas = max(device.num_sms // t.cluster, 1) * t.cluster
+    return CudaConfig(*astuple(t), hopper.raster(t, _rows_per_group(p), device), ctas)
+
+
+def select(p: Problem, device: DeviceSpec, backend: str) -> Config | CudaConfig | None:
+    if backend == "cuda":
+        return min(candidates(p, device, backend), key=lambda c: cost(c, p, device))
     if backend != "triton":
         return None
-    legal = [c for c in candidates(p, device) if not is_legal(c, p, device)]
+    legal = [c for c in _triton_candidates(p, device) if not is_legal(c, p, device)]
     return min(legal, key=lambda c: (cost(c, p, device), c.block_m, c.block_n, c.num_stages))
