@@ -57,6 +57,17 @@ def test_real_sizes_exist_without_memory(bench):
         bench.operator.problem(*bench.of_op(args))
 
 
+def test_host_overhead_leaves_ops_as_they_were():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        module = importlib.import_module("host_overhead")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    before = dict(OPERATORS["fp8_matmul"].backends)
+    assert module.overhead("fp8_matmul", repeat=1) > 0
+    assert OPERATORS["fp8_matmul"].backends == before
+
+
 def run(*arguments, folder=ROOT):
     command = [sys.executable, str(ROOT / "benchmarks/run.py"), "--device", "cpu", "--quick", *map(str, arguments)]
     return subprocess.run(

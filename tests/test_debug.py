@@ -134,11 +134,20 @@ def test_tracing_looks_at_nothing(debug):
 
 
 def test_a_graph_capture_looks_at_nothing(monkeypatch):
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert _registry._is_capturing(cuda) and not _registry._is_capturing(cpu)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert not _registry._is_capturing(cuda)
+    """A decision says GPU 0 and a stand-in for torch.cuda that a graph is being captured there."""
+    monkeypatch.setattr(_registry, "_debug", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    args = torch.randn(4, 16), torch.randn(2, 8, 16), offsets(0, 2, 5), None
+    operator = OPERATORS["grouped_matmul"]
+    monkeypatch.setattr(_registry, "_decided", {})
+    monkeypatch.setattr(type(operator), "_decide", lambda *_: ("reference", None, 0))
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
+        if capturing:
+            operator(*args)
+        else:
+            with pytest.raises(ValueError, match="expert_offsets"):
+                operator(*args)
 
 
 def test_without_it_values_are_clamped():

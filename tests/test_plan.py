@@ -12,6 +12,7 @@ import torch
 
 import deepseek_kernels
 from deepseek_kernels.device import A100, B200, CPU, GPUS, H100, H200, L40S, gpu_spec
+from deepseek_kernels.ops import _registry
 from deepseek_kernels.plan import backend
 from deepseek_kernels.plan.backend import BACKENDS, Environment, choose, cuda_reason, triton_reason
 
@@ -215,6 +216,35 @@ def test_import_loads_no_kernels():
         assert not [name for name in sys.modules if "triton_kernels" in name]
     """)
     assert done.returncode == 0, done.stderr
+
+
+def test_arguments_that_look_the_same_are_checked_once():
+    x, *maps = arguments()
+    call = torch.ops.deepseek_kernels.moe_permute
+    _registry.forget()
+    call(x, *maps)
+    known = len(_registry._decided)
+    call(torch.randn(2, 16), *maps)
+    assert len(_registry._decided) == known
+    for _ in range(2):  # a refusal is not remembered
+        with pytest.raises(TypeError, match="moe_permute: x: wanted dtype"):
+            call(x.long(), *maps)
+    assert len(_registry._decided) == known
+    call(x.t().contiguous().t(), *maps)
+    with deepseek_kernels.use_backend("reference"):
+        call(x, *maps)
+    assert len(_registry._decided) == known + 2
+
+
+def test_what_may_be_written_depends_on_the_grad_mode():
+    a, one = torch.ones(2, 16).to(torch.float8_e4m3fn), torch.ones(2, 1)
+    out = torch.zeros(2, 8).requires_grad_()
+    args = (a, one, a[:1].expand(8, 16).contiguous(), one[:1])
+    for _ in range(2):
+        with torch.no_grad():
+            deepseek_kernels.fp8_matmul(*args, out=out)
+        with pytest.raises(RuntimeError, match="out: requires grad"):
+            deepseek_kernels.fp8_matmul(*args, out=out)
 
 
 def test_print_plan():

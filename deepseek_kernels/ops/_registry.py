@@ -1,7 +1,8 @@
 """The one torch.library.Library, and the path every call takes: check, plan, pick a backend, run it.
 
 An op file calls `register` once per schema. Call cost matters here (`Library.define` + `impl` costs 2 us a call,
-the `custom_op` decorator 16), so the path below does each step once and caches every choice.
+the `custom_op` decorator 16), so arguments that look the same are checked once and every choice is remembered.
+`benchmarks/host_overhead.py` measures it.
 """
 
 import functools
@@ -90,22 +91,41 @@ class Operator:
 
     def __call__(self, *args, **kwargs):
         args = self.fill(args, kwargs)
-        self.check(*args)
-        problem = self.problem(*args)
-        device = _device.of(args)
-        if _debug and self.check_values is not None and not _is_capturing(device):
+        key = (self.name, _forced[-1], _extension.generation(), torch.is_grad_enabled(), *map(_outline, args))
+        backend, config, index = _decided.get(key) or self._decide(key, args)
+        if _debug and self.check_values is not None and not (index is not None and _is_capturing()):
             self.check_values(*args)
-        backend, config = _select(self.name, problem, _device.spec(device), _forced[-1], _extension.generation())
         if backend == "reference":
             return self.reference(*args)
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
                 return self.backends[backend](config, *args)
         return self.backends[backend](config, *args)
 
+    def _decide(self, key: tuple, args: tuple) -> tuple[str, Any, int | None]:
+        """Check the arguments and choose, once for all calls of the same key: backend, configuration, GPU."""
+        self.check(*args)
+        problem, device = self.problem(*args), _device.of(args)
+        chosen = _select(self.name, problem, _device.spec(device), _forced[-1], _extension.generation())
+        if len(_decided) >= _MOST_DECISIONS:
+            _decided.clear()
+        decision = _decided[key] = (*chosen, device.index if device.type == "cuda" else None)
+        return decision
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+_decided: dict[tuple, tuple[str, Any, int | None]] = {}
+_MOST_DECISIONS = 8192
+
+
+def _outline(a: Any) -> Any:
+    """What checks and plans depend on: everything about a tensor but its values and its address."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype, a.shape, a.stride(), a.device, a.requires_grad
+    return tuple(a) if type(a) is list else a
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=8192)
@@ -127,6 +147,7 @@ def _select(name: str, problem, device, forced: str | None, generation: int) -> 
 
 def forget() -> None:
     """Choose backends and configurations anew."""
+    _decided.clear()
     _select.cache_clear()
 
 
