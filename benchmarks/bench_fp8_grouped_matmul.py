@@ -1,11 +1,15 @@
-"""Matmul of each expert's FP8 rows with its own FP8 weight, at DeepSeek-V3's expert sizes."""
+"""Matmul of each expert's FP8 rows with its own FP8 weight, and the gradient of those weights, at DeepSeek-V3's expert
+sizes."""
+
+from dataclasses import replace
 
 import torch
-from bench_grouped_matmul import DOWN, GATE_UP, SIZES, SMALL, case, uneven_offsets
+from bench_grouped_matmul import DOWN, GATE_UP, SIZES, SMALL, WGRAD_CASES, case, uneven_offsets
 from common import Bench, Case, Peer
 
+from deepseek_kernels.plan import fp8_grouped_matmul as fp8_grouped_matmul_plan
 from deepseek_kernels.reference.fp8_quantize import expand_scale
-from deepseek_kernels.shapes import ceil_div
+from deepseek_kernels.shapes import ceil_div, padded_columns
 from deepseek_kernels.testing.compare import MATMUL, Tolerance
 
 CPU = Case("cpu 16x8", dict(num_experts=16, num_rows=128, n=512, k=512), devices=("cpu",))
@@ -14,17 +18,23 @@ BF16_OPERANDS = Tolerance(steps=4, of_norm=1e-2, distance=1e-4)
 CASES = (SMALL, CPU, *(case(*size) for size in SIZES))
 
 
+def codes(device, g, *shape):
+    return torch.randn(*shape, device=device, generator=g).to(torch.float8_e4m3fn)
+
+
+def scales(device, g, *shape):
+    return 0.5 + torch.rand(*shape, device=device, generator=g)
+
+
+def rows(device, g, m, k):
+    return codes(device, g, m, k), scales(device, g, m, ceil_div(k, 128))
+
+
 def inputs(device, g, num_experts, num_rows, n, k):
-    def codes(*shape):
-        return torch.randn(*shape, device=device, generator=g).to(torch.float8_e4m3fn)
-
-    def scales(*shape):
-        return 0.5 + torch.rand(*shape, device=device, generator=g)
-
-    blocks = ceil_div(k, 128)
     return (
-        codes(num_rows, k), scales(num_rows, blocks), codes(num_experts, n, k),
-        scales(num_experts, ceil_div(n, 128), blocks), uneven_offsets(device, g, num_experts, num_rows),
+        *rows(device, g, num_rows, k), codes(device, g, num_experts, n, k),
+        scales(device, g, num_experts, ceil_div(n, 128), ceil_div(k, 128)),
+        uneven_offsets(device, g, num_experts, num_rows),
     )  # fmt: skip
 
 
@@ -75,6 +85,33 @@ def loop(x, weights, expert_offsets):
     return torch.cat([rows @ weight.t() for rows, weight in zip(x.split(counts), weights, strict=True)])
 
 
+def wgrad_inputs(device, g, num_experts, num_rows, n, k):
+    """Every column holds a value, also those that would be zero to fill a block."""
+    columns = padded_columns(num_rows, num_experts)
+    offsets = uneven_offsets(device, g, num_experts, num_rows)
+    return *rows(device, g, n, columns), *rows(device, g, k, columns), offsets
+
+
+def wgrad_cost(problem, *args):
+    """Of the rows there are, without what fills their blocks."""
+    p = replace(problem, num_rows=int(args[4][-1]))
+    return fp8_grouped_matmul_plan.flops(p), fp8_grouped_matmul_plan.bytes(p)
+
+
+def dequantized_columns(grad_t, scale_grad, a_t, scale_a, expert_offsets):
+    g, x = (
+        (q.float() * expand_scale(s, *q.shape, "1x128")).bfloat16() for q, s in ((grad_t, scale_grad), (a_t, scale_a))
+    )
+    return g, x, expert_offsets
+
+
+def wgrad_loop(g, x, expert_offsets):
+    widths = [128 * ceil_div(count, 128) for count in expert_offsets.diff().tolist()]
+    widths.append(g.shape[1] - sum(widths))
+    pairs = list(zip(g.split(widths, 1), x.split(widths, 1), strict=True))[:-1]
+    return torch.stack([(g @ x.t()).float() for g, x in pairs])
+
+
 BENCHES = [
     Bench(
         "fp8_grouped_matmul", CASES, inputs,
@@ -85,5 +122,14 @@ BENCHES = [
         "fp8_grouped_matmul_masked", MASKED_CASES, masked_inputs,
         {"torch bmm bf16": Peer(masked_bmm, prepare=dequantized_masked, tolerance=BF16_OPERANDS)},
         tolerance=MATMUL, rate="fp8", defined=filled,
+    ),
+    Bench(
+        "fp8_grouped_matmul_wgrad", WGRAD_CASES, wgrad_inputs,
+        {
+            "torch loop bf16": Peer(
+                wgrad_loop, prepare=dequantized_columns, tolerance=BF16_OPERANDS, capturable=False
+            ),
+        },
+        tolerance=MATMUL, rate="fp8", cost=wgrad_cost,
     ),
 ]  # fmt: skip

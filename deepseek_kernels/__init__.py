@@ -7,7 +7,7 @@ and no host synchronisation. Importing this package needs no GPU, no Triton and 
 from . import ops  # noqa: F401  (registers the ops)
 from .ops._maps import MoeMaps
 from .ops._registry import BackendError, Explanation, explain, use_backend
-from .ops.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_matmul_masked
+from .ops.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_matmul_masked, fp8_grouped_matmul_wgrad
 from .ops.fp8_matmul import fp8_matmul
 from .ops.fp8_quantize import fp8_dequantize, fp8_quantize, fp8_quantize_both
 from .ops.fused_moe import fused_moe
@@ -29,6 +29,7 @@ __all__ = [
     "explain",
     "fp8_grouped_matmul",
     "fp8_grouped_matmul_masked",
+    "fp8_grouped_matmul_wgrad",
     "grouped_matmul",
     "grouped_matmul_wgrad",
     "merge_states",

@@ -18,6 +18,11 @@ BAD = {
     # op: [(argument, (its value in a sample) -> a wrong one, what the error says)]
     "fp8_grouped_matmul": [("expert_offsets", lambda t: t - 1, "wanted values from 0 to")],
     "fp8_grouped_matmul_masked": [("counts", lambda t: t + 10**6, "wanted values from 0 to")],
+    "fp8_grouped_matmul_wgrad": [
+        ("expert_offsets", lambda t: t.flip(0), "wanted values that do not decrease"),
+        ("expert_offsets", lambda t: t + 10**6, "wanted values from 0 to"),
+    ],
+    "fp8_grouped_matmul_wgrad.out": [("expert_offsets", lambda t: t - 1, "wanted values from 0 to")],
     "fp8_quantize_both": [("expert_offsets", lambda t: t + 10**6, "wanted values from 0 to")],
     "fused_moe_backward": [
         ("token_topk_to_pos", lambda t: t - 2, "wanted values from -1 to"),
@@ -85,7 +90,7 @@ def test_wrong_values_are_named(debug, op, argument, spoil, message):
         if argument == "positions" and not (args.get("slots", value) >= 0).any():
             continue
         tried += 1
-        with pytest.raises(ValueError, match=f"^{op}: {argument}: {message}"):
+        with pytest.raises(ValueError, match=f"^{op.partition('.')[0]}: {argument}: {message}"):
             operator.overload(*(args | {argument: spoilt}).values())
     assert tried, f"no sample of {op} has {argument} to spoil"
 
@@ -109,6 +114,13 @@ def test_what_an_error_says(debug):
     match = r"expert_offsets: wanted values that do not decrease, got 3, 2 at \[1, 2\]"
     with pytest.raises(ValueError, match=match):
         deepseek_kernels.grouped_matmul(a, b, offsets(0, 3, 2))
+
+
+def test_experts_must_fit_in_the_columns(debug):
+    q, scale = torch.zeros(8, 256).to(torch.float8_e4m3fn), torch.ones(8, 2)
+    deepseek_kernels.fp8_grouped_matmul_wgrad(q, scale, q, scale, offsets(0, 1, 129))
+    with pytest.raises(ValueError, match="expert_offsets: wanted rows that fill at most 256 columns.*, got 384"):
+        deepseek_kernels.fp8_grouped_matmul_wgrad(q, scale, q, scale, offsets(0, 1, 130))
 
 
 def test_unused_entries_may_hold_anything(debug):

@@ -14,7 +14,8 @@ from deepseek_kernels.reference.fp8_quantize import fp8_dequantize, fp8_quantize
 from deepseek_kernels.shapes import align_up, padded_columns
 from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits, distance
 from deepseek_kernels.testing.guard import guarded_allocations
-from deepseek_kernels.triton_kernels.fp8_grouped_matmul import fp8_grouped_matmul
+from deepseek_kernels.testing.samples.fp8_grouped_matmul import in_columns, wgrad_operands
+from deepseek_kernels.triton_kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_matmul_wgrad
 
 BACKENDS = ("reference", "triton")
 
@@ -175,6 +176,100 @@ def test_both_ways_to_read_e4m3_agree():
         assert_close(d, exact(*q, offsets(20, 37)), MATMUL)
 
 
+def exact_wgrad(grad_t, scale_grad, a_t, scale_a, columns) -> torch.Tensor:
+    """The definition in float64; `columns`: each expert's slice."""
+    g, x = fp8_dequantize(grad_t, scale_grad).double(), fp8_dequantize(a_t, scale_a).double()
+    return torch.stack([g[:, c] @ x[:, c].t() for c in columns])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wgrad_against_the_dequantised_operands(backend):
+    counts = torch.tensor([0, 1, 128, 129, 0, 257, 3, 0])
+    operands = wgrad_operands(torch.Generator().manual_seed(0), 518, 24, 136, ends := offsets(*counts.cumsum(0)))
+    blocks = (counts + 127) // 128
+    columns = [slice(128 * int(last - own), 128 * int(last)) for own, last in zip(blocks, blocks.cumsum(0))]
+    with dk.use_backend(backend):
+        d = dk.fp8_grouped_matmul_wgrad(*operands, ends)
+        assert_close(d, exact_wgrad(*operands, columns), MATMUL)
+        assert not d[counts == 0].any()
+        total = d.clone()
+        dk.fp8_grouped_matmul_wgrad(*operands, ends, out=total, accumulate=True)
+        assert_same_bits(total, d + d)
+        into = torch.full_like(d, float("nan"))
+        assert dk.fp8_grouped_matmul_wgrad(*operands, ends, out=into) is into
+        assert_same_bits(into, d)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wgrad_is_the_gradient_of_the_rows(backend):
+    """Against the same rows unquantised, and none of them counted twice or left out."""
+    g = torch.Generator().manual_seed(0)
+    grad, x = torch.randn(200, 16, generator=g), torch.randn(200, 24, generator=g)
+    ends = offsets(40, 40, 171)
+    with dk.use_backend(backend):
+        d = dk.fp8_grouped_matmul_wgrad(*in_columns(grad, ends), *in_columns(x, ends), ends)
+    expected = torch.stack([grad[r].t() @ x[r] for r in (slice(0, 40), slice(40, 40), slice(40, 171))])
+    assert distance(d, expected) < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_scale_of_wgrad_meets_its_block(backend):
+    """Operands of ones: the result is the sum of the products of scales, all different powers of two."""
+    ends = offsets(1, 130, 258)
+    grad_t, a_t = torch.ones(4, 512).to(torch.float8_e4m3fn), torch.ones(8, 512).to(torch.float8_e4m3fn)
+    scale_grad = 2.0 ** torch.arange(16.0).view(4, 4)
+    scale_a = 2.0 ** -torch.arange(32.0).view(8, 4)
+    with dk.use_backend(backend):
+        d = dk.fp8_grouped_matmul_wgrad(grad_t, scale_grad, a_t, scale_a, ends)
+    for e, blocks in enumerate(([0], [1, 2], [3])):
+        assert torch.equal(d[e], 128 * sum(scale_grad[:, b, None] * scale_a[None, :, b] for b in blocks))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_of_one_expert_stays_there(backend):
+    ends = offsets(100, 150, 290)
+    grad_t, scale_grad, a_t, scale_a = wgrad_operands(torch.Generator().manual_seed(0), 290, 8, 16, ends)
+    scale_a[3, 1] = float("nan")
+    grad_t.view(torch.uint8)[5, 200] = 0x7F
+    with dk.use_backend(backend):
+        d = dk.fp8_grouped_matmul_wgrad(grad_t, scale_grad, a_t, scale_a, ends)
+    expected = torch.zeros(3, 8, 16, dtype=torch.bool)
+    expected[1, :, 3] = expected[1, 5] = True
+    assert torch.equal(d.isnan(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_of_wgrad_out_of_range(backend):
+    """Read as clamped to the columns there are; nothing but the experts' own gradients is written."""
+    operands = wgrad_operands(torch.Generator().manual_seed(0), 300, 8, 16, offsets(300))
+    for bad, read_as in (
+        ([-9, 130, 2, 2**31 - 1], [0, 130, 130, 384]),
+        ([2**31 - 1, 0, -5, 7], [384] * 4),
+        ([0, 384, 385, 500], [0, 384, 384, 384]),
+        ([0, 1, 2, 384], [0, 1, 2, 130]),  # three blocks of one row, two rows and as many as are left
+    ):
+        with dk.use_backend(backend):
+            frame = torch.full((5, 8, 16), 7.0)
+            dk.fp8_grouped_matmul_wgrad(*operands, torch.tensor(bad, dtype=torch.int32), out=frame[1:4])
+            good = dk.fp8_grouped_matmul_wgrad(*operands, torch.tensor(read_as, dtype=torch.int32))
+        assert_same_bits(frame[1:4], good)
+        assert (frame[0] == 7).all() and (frame[4] == 7).all()
+
+
+def test_wgrad_accumulates_into_out_only():
+    operands = wgrad_operands(torch.Generator().manual_seed(0), 5, 8, 16, ends := offsets(5))
+    with pytest.raises(ValueError, match="fp8_grouped_matmul_wgrad: accumulate: wanted False without out, got True"):
+        dk.fp8_grouped_matmul_wgrad(*operands, ends, accumulate=True)
+
+
+def test_both_ways_to_read_e4m3_agree_in_wgrad():
+    operands = wgrad_operands(torch.Generator().manual_seed(0), 300, 40, 24, ends := offsets(20, 300))
+    for native in (False, True):
+        config = plan.replace(plan.CPU_CONFIG, native_fp8=native)
+        fp8_grouped_matmul_wgrad(config, False, *operands, ends, d := torch.empty(2, 40, 24))
+        assert_close(d, exact_wgrad(*operands, (slice(0, 128), slice(128, 512))), MATMUL)
+
+
 @pytest.mark.parametrize("device", GPUS.values(), ids=lambda d: d.name)
 def test_every_problem_has_a_legal_config(device):
     for rows in (1, 20, 640, 32768, 1_000_000):
@@ -184,6 +279,17 @@ def test_every_problem_has_a_legal_config(device):
             assert not plan.is_legal(c, p, device)
             assert plan.shared_memory(c, p) <= device.shared_memory
             assert 128 % c.block_n == 0
+            assert c.native_fp8 == (device.arch >= 89)
+
+
+@pytest.mark.parametrize("device", GPUS.values(), ids=lambda d: d.name)
+def test_every_wgrad_has_a_legal_config(device):
+    for columns in (0, 128, 32768, 1_000_064):
+        for num_experts, n, k in ((1, 8, 16), (256, 4096, 7168), (1000, 7168, 2048)):
+            p = plan.Problem(columns, n, k, num_experts, "float32", "wgrad")
+            c = plan.select(p, device, "triton")
+            assert not plan.is_legal(c, p, device)
+            assert plan.shared_memory(c, p) <= device.shared_memory
             assert c.native_fp8 == (device.arch >= 89)
 
 
@@ -201,6 +307,11 @@ def test_scales_are_counted():
     weights = 4 * (136 * 272 + 4 * 2 * 3)
     assert plan.bytes(p) == 100 * (272 + 4 * 3) + weights + 100 * 136 * 2 + 4 * 5
     assert plan.flops(p) == 2 * 100 * 136 * 272
+    wgrad = plan.Problem(384, 24, 40, 3, "float32", "wgrad")
+    operands = (24 + 40) * (384 + 4 * 3)
+    assert plan.bytes(wgrad) == operands + 3 * 24 * 40 * 4 + 4 * 4
+    assert plan.bytes(plan.replace(wgrad, accumulate=True)) == operands + 2 * 3 * 24 * 40 * 4 + 4 * 4
+    assert plan.flops(wgrad) == 2 * 384 * 24 * 40
 
 
 def test_padded_columns_is_the_least_bound():

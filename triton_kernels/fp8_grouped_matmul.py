@@ -1,10 +1,12 @@
 """d[r, :] = sum over blocks j of 128 of k: scale_a[r, j] * scale_b[e, :, j] * (a[r, j] @ b[e, :, j]^T) for the rows r
 of expert e, zero for rows of no expert. Contiguous: the rows of all experts one after the other. Masked: every expert
-has m_max places, the first counts[e] are filled, and the others are neither read nor written.
+has m_max places, the first counts[e] are filled, and the others are neither read nor written. The gradient of b,
+d[e] = sum over the blocks j of 128 columns of e: scale_grad[:, j] * scale_a[:, j] * (grad_t[:, j] @ a_t[:, j]^T).
 
 Tiling:  as grouped_matmul's forward, with BLOCK_K = 128, one scale block. BLOCK_N divides 128: a tile has one weight
          scale a step. Each step's product is accumulated apart and scaled into the total, which also keeps the tensor
-         core's short FP8 accumulator short.
+         core's short FP8 accumulator short. Gradient: tiles of BLOCK_M of n by BLOCK_N of k of each expert, its
+         blocks in order; every program takes every num_programs-th tile.
 Pipeline: Triton's, num_stages operand tiles deep. Without NATIVE the operands are e4m3 in shared memory and become
          bf16, exactly, in registers.
 Bytes:   R*k + E*n*k + 4*(R + E*n/128)*k/128 + R*n*2.
@@ -15,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._schedule import clear_rows, expert_rows, expert_tile, filled_rows
+from ._schedule import clear_rows, expert_rows, expert_tile, filled_rows, grouped_tile, pick
 from .common import dot, e4m3_decode, narrow
 
 
@@ -98,3 +100,66 @@ def fp8_grouped_matmul_masked(config, a, scale_a, b, scale_b, counts, d) -> None
     contiguous."""
     strides = (a.stride(0), a.stride(1), *scale_a.stride())
     _launch(config, a, scale_a, b, scale_b, counts, d, strides, True)
+
+
+@triton.jit
+def _wgrad(
+    grad_t, scale_grad, a_t, scale_a, expert_offsets, d, num_columns, n, k8, num_experts,
+    grad_stride, scale_grad_stride_n, scale_grad_stride_c, a_stride, scale_a_stride_k, scale_a_stride_c,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    ACCUMULATE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_K: tl.constexpr = 128
+    k = k8 * 8  # so that the compiler knows that rows of d hold whole vectors
+    num_blocks = num_columns // BLOCK_K
+    first, end = expert_rows(expert_offsets, num_experts, num_columns, EXPERTS)
+    own = tl.cdiv(end - first, BLOCK_K)
+    end_block = tl.cumsum(own, 0)
+    first_block = tl.minimum(end_block - own, num_blocks)
+    end_block = tl.minimum(end_block, num_blocks)
+    n_tiles = tl.cdiv(n, BLOCK_M)
+    k_tiles = tl.cdiv(k, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_experts * n_tiles * k_tiles, tl.num_programs(0)):
+        expert = tile // (n_tiles * k_tiles)
+        n_tile, k_tile = grouped_tile(tile % (n_tiles * k_tiles), n_tiles, k_tiles, GROUP_M)
+        rows = n_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = k_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        row = tl.minimum(rows, n - 1).to(tl.int64)  # what lies outside reads the last row again and is not stored
+        column = tl.minimum(columns, k - 1).to(tl.int64)
+        grad_tile = grad_t + row[:, None] * grad_stride + depth[None, :]
+        a_tile = a_t + column[:, None] * a_stride + depth[None, :]
+        scale_grad_tile = scale_grad + row * scale_grad_stride_n
+        scale_a_tile = scale_a + column * scale_a_stride_k
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in range(pick(first_block, expert, EXPERTS), pick(end_block, expert, EXPERTS)):
+            block = tl.cast(block, tl.int64)
+            g = tl.load(grad_tile + block * BLOCK_K)
+            x = tl.load(a_tile + block * BLOCK_K)
+            if not NATIVE:
+                g = e4m3_decode(g).to(tl.bfloat16)
+                x = e4m3_decode(x).to(tl.bfloat16)
+            row_scale = tl.load(scale_grad_tile + block * scale_grad_stride_c)
+            column_scale = tl.load(scale_a_tile + block * scale_a_stride_c)
+            product = dot(g, tl.trans(x), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+            total += product * row_scale[:, None] * column_scale[None, :]
+        d_tile = d + expert.to(tl.int64) * n * k + rows.to(tl.int64)[:, None] * k + columns[None, :]
+        inside = (rows < n)[:, None] & (columns < k)[None, :]
+        if ACCUMULATE:
+            total += tl.load(d_tile, mask=inside, other=0.0)
+        tl.store(d_tile, total, mask=inside)
+
+
+def fp8_grouped_matmul_wgrad(config, accumulate: bool, grad_t, scale_grad, a_t, scale_a, expert_offsets, d) -> None:
+    """grad_t [n, C] and a_t [k, C] e4m3 with contiguous columns, C a multiple of 128, scales of any strides, d fp32
+    [E, n, k] contiguous, k a multiple of 8."""
+    num_experts, n, k = d.shape
+    if not config.native_fp8:
+        grad_t, a_t = grad_t.view(torch.uint8), a_t.view(torch.uint8)
+    _wgrad[(config.num_programs,)](
+        grad_t, scale_grad, a_t, scale_a, expert_offsets, d, grad_t.shape[1], n, k // 8, num_experts,
+        grad_t.stride(0), *scale_grad.stride(), a_t.stride(0), *scale_a.stride(),
+        EXPERTS=triton.next_power_of_2(max(num_experts, 1)), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        GROUP_M=config.group_m, ACCUMULATE=accumulate, NATIVE=config.native_fp8,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,5 +1,9 @@
 """`fp8_grouped_matmul`: each expert's FP8 rows times its own FP8 weight, with 1x128 and 128x128 scales; its masked form
-has a fixed number of places for the rows of each expert, of which the first few are filled."""
+has a fixed number of places for the rows of each expert, of which the first few are filled.
+`fp8_grouped_matmul_wgrad`: the gradient of those weights, with 1x128 scales along the rows.
+"""
+
+from collections.abc import Callable
 
 import torch
 
@@ -84,6 +88,54 @@ def fp8_grouped_matmul_masked(
     return op(a, scale_a, b, scale_b, counts, out_dtype, expected_m)
 
 
+def fp8_grouped_matmul_wgrad(
+    grad_t: torch.Tensor,
+    scale_grad: torch.Tensor,
+    a_t: torch.Tensor,
+    scale_a: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    accumulate: bool = False,
+) -> torch.Tensor:
+    """`d[e] = grad_t[:, columns of e] @ a_t[:, columns of e]^T` of the dequantised operands.
+
+    The gradient of `fp8_grouped_matmul` with respect to b. Both operands are transposed, because FP8 tensor cores sum
+    along contiguous memory. Expert e with `rows_e = expert_offsets[e + 1] - expert_offsets[e]` has the rows_e columns
+    from `128 * sum(ceil(rows_i / 128) for i < e)`, so that no block of 128 belongs to two experts; up to the next
+    multiple of 128 the columns hold zeros. Columns past those of the last expert are never read.
+
+    Args:
+        grad_t: e4m3 [n, C], C a multiple of 128, `shapes.padded_columns(R, E)` for R rows; any strides (a copy is made
+            unless the last dimension is contiguous).
+        scale_grad: fp32 [n, C/128], any strides; 1x128.
+        a_t: e4m3 [k, C], k a multiple of 8; any strides, as grad_t.
+        scale_a: fp32 [k, C/128], any strides; 1x128.
+        expert_offsets: int32 [E + 1] on the device, of rows, as `moe_sort` makes them. Offsets outside [0, C] are
+            clamped to it, one that decreases is raised to the one before, and no expert's columns reach past C.
+        out: fp32 [E, n, k], contiguous, to write into.
+        accumulate: add to what is in `out` instead.
+
+    Returns:
+        d fp32 [E, n, k], or `out`. The products of each block of 128 are summed by the tensor cores, the blocks in fp32
+        and in order. An expert without rows gives zeros, or with accumulate leaves `out` as it is.
+
+    Raises:
+        ValueError, TypeError: naming the argument. RuntimeError: `out` is given and an input requires grad.
+        NotImplementedError: on backward.
+
+    Not differentiable. Semantics of DeepGEMM's k_grouped_fp8_gemm_nt_contiguous, with offsets on the device.
+    """
+    if out is None:
+        if accumulate:
+            raise checks.fail("fp8_grouped_matmul_wgrad", "accumulate", "False without out", accumulate)
+        return torch.ops.deepseek_kernels.fp8_grouped_matmul_wgrad(grad_t, scale_grad, a_t, scale_a, expert_offsets)
+    torch.ops.deepseek_kernels.fp8_grouped_matmul_wgrad.out(
+        grad_t, scale_grad, a_t, scale_a, expert_offsets, out, accumulate
+    )
+    return out
+
+
 def _check_operands(op, a, scale_a, b, scale_b, out_dtype) -> None:
     """`a` is checked for its dtype and number of dimensions by the caller."""
     k = a.shape[-1]
@@ -128,6 +180,43 @@ def _check_values_masked(a, scale_a, b, scale_b, counts, out_dtype, expected_m) 
     checks.within("fp8_grouped_matmul_masked", "counts", counts, 0, a.shape[1] + 1)
 
 
+def _check_wgrad(grad_t, scale_grad, a_t, scale_a, expert_offsets) -> None:
+    op = "fp8_grouped_matmul_wgrad"
+    checks.tensor(op, "grad_t", grad_t, dtype=checks.FP8, shape=(None, None))
+    n, columns = grad_t.shape
+    checks.multiple(op, "grad_t: columns", columns, BLOCK)
+    device, blocks = grad_t.device, columns // BLOCK
+    checks.tensor(op, "scale_grad", scale_grad, dtype=torch.float32, shape=(n, blocks), device=device)
+    checks.tensor(op, "a_t", a_t, dtype=checks.FP8, shape=(None, columns), device=device)
+    k = a_t.shape[0]
+    checks.multiple(op, "a_t: k", k, 8)
+    checks.tensor(op, "scale_a", scale_a, dtype=torch.float32, shape=(k, blocks), device=device)
+    checks.tensor(
+        op, "expert_offsets", expert_offsets, dtype=torch.int32, shape=(None,), device=device, contiguous=True
+    )
+    checks.at_least(op, "expert_offsets: length", expert_offsets.shape[0], 1)
+
+
+def _check_wgrad_out(grad_t, scale_grad, a_t, scale_a, expert_offsets, out, accumulate) -> None:
+    op = "fp8_grouped_matmul_wgrad"
+    _check_wgrad(grad_t, scale_grad, a_t, scale_a, expert_offsets)
+    shape = _shape_wgrad(grad_t, a_t, expert_offsets)
+    checks.tensor(op, "out", out, dtype=torch.float32, shape=shape, device=grad_t.device, contiguous=True)
+    checks.no_grad(op, grad_t=grad_t, scale_grad=scale_grad, a_t=a_t, scale_a=scale_a, out=out)
+
+
+def _check_values_wgrad(grad_t, scale_grad, a_t, scale_a, expert_offsets, out=None, accumulate=False) -> None:
+    op, columns = "fp8_grouped_matmul_wgrad", grad_t.shape[1]
+    checks.offsets(op, "expert_offsets", expert_offsets, columns)
+    needed = BLOCK * int(((expert_offsets.diff() + BLOCK - 1) // BLOCK).sum())
+    if needed > columns:
+        raise checks.fail(op, "expert_offsets", f"rows that fill at most {columns} columns, in whole blocks", needed)
+
+
+def _shape_wgrad(grad_t, a_t, expert_offsets) -> tuple[int, int, int]:
+    return expert_offsets.shape[0] - 1, grad_t.shape[0], a_t.shape[0]
+
+
 def _name(out_dtype: torch.dtype | None) -> str:
     return str(out_dtype or torch.bfloat16).removeprefix("torch.")
 
@@ -142,8 +231,17 @@ def _problem_masked(a, scale_a, b, scale_b, counts, out_dtype, expected_m) -> pl
     return plan.Problem(rows, b.shape[1], k, num_experts, _name(out_dtype), "masked")
 
 
+def _problem_wgrad(grad_t, scale_grad, a_t, scale_a, expert_offsets, out=None, accumulate=False) -> plan.Problem:
+    num_experts, n, k = _shape_wgrad(grad_t, a_t, expert_offsets)
+    return plan.Problem(grad_t.shape[1], n, k, num_experts, "float32", "wgrad", accumulate)
+
+
 def _fake(a, scale_a, b, scale_b, rows, out_dtype, expected_m=None):
     return a.new_empty(*a.shape[:-1], b.shape[1], dtype=out_dtype or torch.bfloat16)
+
+
+def _fake_wgrad(grad_t, scale_grad, a_t, scale_a, expert_offsets):
+    return scale_a.new_empty(_shape_wgrad(grad_t, a_t, expert_offsets))
 
 
 def _empty(a, b, out_dtype):
@@ -229,6 +327,34 @@ def _cpu_masked(config, a, scale_a, b, scale_b, counts, out_dtype, expected_m):
     return out
 
 
+def _is_done(grad_t, out, accumulate) -> bool:
+    """Whether there is nothing to multiply; `out` is then what it should be."""
+    if out.numel() == 0 or grad_t.shape[1]:
+        return out.numel() == 0
+    if not accumulate:
+        out.zero_()
+    return True
+
+
+def _triton_wgrad(config, grad_t, scale_grad, a_t, scale_a, expert_offsets, out, accumulate) -> None:
+    from ..triton_kernels import fp8_grouped_matmul as kernel
+
+    if not _is_done(grad_t, out, accumulate):
+        grad_t, a_t = checks.rows(grad_t), checks.rows(a_t)
+        kernel.fp8_grouped_matmul_wgrad(config, accumulate, grad_t, scale_grad, a_t, scale_a, expert_offsets, out)
+
+
+def _allocating(into: Callable) -> Callable:
+    """The op that allocates its result, from the one that writes into it."""
+
+    def run(config, grad_t, scale_grad, a_t, scale_a, expert_offsets):
+        out = _allocate.empty(_shape_wgrad(grad_t, a_t, expert_offsets), torch.float32, grad_t.device)
+        into(config, grad_t, scale_grad, a_t, scale_a, expert_offsets, out, False)
+        return out
+
+    return run
+
+
 register(
     "fp8_grouped_matmul(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor expert_offsets, "
     "ScalarType? out_dtype=None) -> Tensor",
@@ -250,4 +376,29 @@ register(
     reference=reference.fp8_grouped_matmul_masked,
     check_values=_check_values_masked,
     backends={"cuda": _cuda_masked, "triton": _triton_masked, "cpu": _cpu_masked},
+)
+
+_INTO_WGRAD = {"triton": _triton_wgrad}
+
+register(
+    "fp8_grouped_matmul_wgrad(Tensor grad_t, Tensor scale_grad, Tensor a_t, Tensor scale_a, Tensor expert_offsets) "
+    "-> Tensor",
+    check=_check_wgrad,
+    problem=_problem_wgrad,
+    plan=plan,
+    fake=_fake_wgrad,
+    reference=reference.fp8_grouped_matmul_wgrad,
+    check_values=_check_values_wgrad,
+    backends={backend: _allocating(into) for backend, into in _INTO_WGRAD.items()},
+)
+register(
+    "fp8_grouped_matmul_wgrad.out(Tensor grad_t, Tensor scale_grad, Tensor a_t, Tensor scale_a, "
+    "Tensor expert_offsets, Tensor(a!) out, bool accumulate=False) -> ()",
+    check=_check_wgrad_out,
+    problem=_problem_wgrad,
+    plan=plan,
+    fake=lambda *args: None,
+    reference=reference.fp8_grouped_matmul_wgrad_out,
+    check_values=_check_values_wgrad,
+    backends=_INTO_WGRAD,
 )

@@ -1,4 +1,4 @@
-"""Plan of `fp8_grouped_matmul`: the tiles of `grouped_matmul`, one FP8 block deep."""
+"""Plan of `fp8_grouped_matmul`, its masked form and its gradient: the tiles of `grouped_matmul`, one FP8 block deep."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
@@ -15,19 +15,22 @@ from .fp8_matmul import CudaConfig
 
 @dataclass(frozen=True)
 class Problem:
-    """`num_rows` is the upper bound that the host knows; in the masked layout what the caller expects, if he says."""
+    """`num_rows` is the upper bound that the host knows; in the masked layout what the caller expects, if he says. In
+    the layout of wgrad, the gradient of b, it is the number of columns, each expert's filled up to a block."""
 
     num_rows: int
     n: int
     k: int
     num_experts: int
     out_dtype: str = "bfloat16"
-    layout: Literal["contiguous", "masked"] = "contiguous"
+    layout: Literal["contiguous", "masked", "wgrad"] = "contiguous"
+    accumulate: bool = False
 
 
 @dataclass(frozen=True)
 class Config:
-    """As `grouped_matmul`'s, with block_k = 128. Without `native_fp8` the operands become bf16 in registers."""
+    """As `grouped_matmul`'s forward, with block_k = 128; for the gradient block_m is of n, block_n of k, and a step 128
+    columns. Without `native_fp8` the operands become bf16 in registers."""
 
     block_m: int
     block_n: int
@@ -39,11 +42,13 @@ class Config:
 
 
 def _unscaled(p: Problem) -> grouped.Problem:
-    return grouped.Problem("forward", p.num_rows, p.n, p.k, p.num_experts, "float8_e4m3fn", p.out_dtype)
+    kind: Literal["forward", "wgrad"] = "wgrad" if p.layout == "wgrad" else "forward"
+    return grouped.Problem(kind, p.num_rows, p.n, p.k, p.num_experts, "float8_e4m3fn", p.out_dtype)
 
 
-def _tile(c: Config) -> grouped.Config:
-    return grouped.Config(c.block_m, c.block_n, BLOCK, c.group_m, c.num_warps, c.num_stages, c.num_programs)
+def _tile(c: Config, p: Problem) -> grouped.Config:
+    sides = (BLOCK, c.block_m, c.block_n) if p.layout == "wgrad" else (c.block_m, c.block_n, BLOCK)
+    return grouped.Config(*sides, c.group_m, c.num_warps, c.num_stages, c.num_programs)
 
 
 def flops(p: Problem) -> int:
@@ -51,7 +56,11 @@ def flops(p: Problem) -> int:
 
 
 def bytes(p: Problem) -> int:
-    """Rows, weights of the experts that can have rows, both with their scales, and the result: each once."""
+    """Operands with their scales and the result, each once; the result twice where it is added to. Of the weights those
+    of the experts that can have rows; the gradient is written for all."""
+    if p.layout == "wgrad":
+        scales, read = 4 * (p.n + p.k) * (p.num_rows // BLOCK), 4 * p.num_experts * p.n * p.k * p.accumulate
+        return grouped.bytes(_unscaled(p)) + scales + read
     blocks = ceil_div(p.k, BLOCK)
     weight_scales = min(p.num_experts, p.num_rows) * ceil_div(p.n, BLOCK) * blocks
     counts = 4 if p.layout == "masked" else 0  # one fewer than offsets
@@ -63,7 +72,7 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
     return {
         "cuda": _cuda(p, device, env),
         "triton": too_many if p.num_experts > grouped.MAX_EXPERTS else triton_reason(device, env),
-        "cpu": cpu_reason("grouped_matmul", device, env),
+        "cpu": _cpu(p, device, env),
     }
 
 
@@ -75,6 +84,12 @@ def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
     if p.k == 0:
         return "needs k of at least 16"
     return cuda_reason("fp8_grouped_matmul", device, env, archs=(90,))
+
+
+def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
+    if p.layout == "wgrad":
+        return "the gradient runs on the reference, which multiplies a block at a time with torch's own matmul"
+    return cpu_reason("grouped_matmul", device, env)
 
 
 TILES = (
@@ -92,6 +107,8 @@ TILES = (
     (128, 128, 8, 3),
     (128, 128, 8, 4),
 )
+TILES_WGRAD = ((64, 32, 4, 4), (64, 64, 4, 4), (128, 64, 8, 4))
+"""A scale for each row and column leaves registers for 32 sums a thread."""
 INSTANCES = {
     # tile_m, tile_n, cluster_m, cluster_n, swap; no cluster lies along m, where its tiles could belong to two groups
     "bfloat16": (
@@ -123,20 +140,21 @@ def _triton_candidates(p: Problem, device: DeviceSpec) -> list[Config]:
     if device.kind == "cpu":
         return [CPU_CONFIG]
     native = device.arch >= 89
-    configs = [Config(m, n, 8, warps, stages, native) for m, n, warps, stages in TILES]
+    tiles = TILES_WGRAD if p.layout == "wgrad" else TILES
+    configs = [Config(m, n, 8, warps, stages, native) for m, n, warps, stages in tiles]
     return [replace(c, num_programs=device.num_sms * resident(c, p, device)) for c in configs]
 
 
 def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
     """Programs that fit on one SM; every step is accumulated apart and then scaled, so accumulators count twice."""
-    registers = 32 * c.num_warps * min(3 * grouped.accumulators(_tile(c), _unscaled(p)) + 64, 255)
+    registers = 32 * c.num_warps * min(3 * grouped.accumulators(_tile(c, p), _unscaled(p)) + 64, 255)
     return max(1, min(device.shared_memory // shared_memory(c, p), 65536 // registers, 4))
 
 
 def shared_memory(c: Config, p: Problem) -> int:
     """Bytes of the operand tiles in flight; without `native_fp8` one step's bf16 operands come on top."""
     widened = 0 if c.native_fp8 else 2 * (c.block_m + c.block_n) * BLOCK
-    return grouped.shared_memory(_tile(c), _unscaled(p)) + widened
+    return grouped.shared_memory(_tile(c, p), _unscaled(p)) + widened
 
 
 def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
@@ -149,9 +167,11 @@ def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
         return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
     if device.arch >= 90 and c.block_m < 64:
         return "below 64 rows the tensor core has no FP8"
-    if not c.native_fp8 and grouped.operands(_tile(c), _unscaled(p)) > 96:
+    if not c.native_fp8 and grouped.operands(_tile(c, p), _unscaled(p)) > 96:
         return "more than 96 operands a thread to decode leave no room for the rest"
-    if grouped.accumulators(_tile(c), _unscaled(p)) > 64:
+    if p.layout == "wgrad" and not c.native_fp8 and grouped.accumulators(_tile(c, p), _unscaled(p)) > 16:
+        return "operands to decode, and a scale for each row and column, leave registers for at most 16 sums a thread"
+    if grouped.accumulators(_tile(c, p), _unscaled(p)) > 64:
         return "two sets of more than 64 accumulators a thread leave no room for the rest"
     return ""
 
@@ -161,7 +181,7 @@ def cost(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> float:
     if isinstance(c, CudaConfig):
         size, clusters = grouped.ELEMENT_BYTES[p.out_dtype], _expected_clusters(c, p)
         return hopper.seconds(c, clusters, _rows_per_group(p), p.k, size, bytes(p), device, CUDA_RESERVED)
-    return grouped.cost(_tile(c), _unscaled(p), device)
+    return grouped.cost(_tile(c, p), _unscaled(p), device)
 
 
 def _rows_per_group(p: Problem) -> int:

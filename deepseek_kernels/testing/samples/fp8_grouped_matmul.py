@@ -3,6 +3,8 @@
 import torch
 
 from ...reference.fp8_quantize import fp8_quantize
+from ...reference.grouped_matmul import expert_bounds
+from ...shapes import BLOCK, align_up, padded_columns
 from ..compare import MATMUL
 from . import Bad, Sample
 from .grouped_matmul import HOSTILE, NAN, offsets
@@ -115,5 +117,131 @@ def masked_bad(g: torch.Generator) -> list[Bad]:
     ]
 
 
-SAMPLES = {"fp8_grouped_matmul": samples, "fp8_grouped_matmul_masked": masked_samples}
-BAD = {"fp8_grouped_matmul": bad, "fp8_grouped_matmul_masked": masked_bad}
+def in_columns(x: torch.Tensor, expert_offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q [w, C], scale [w, C/128]) of rows x [R, w]: transposed, each expert's from a multiple of 128, filled up with
+    zeros."""
+    columns = padded_columns(x.shape[0], len(expert_offsets) - 1)
+    spread, end = x.new_zeros(columns, x.shape[1]), 0
+    bounds = expert_bounds(expert_offsets, x.shape[0]).tolist()
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        spread[end : end + last - first] = x[first:last]
+        end += align_up(last - first, BLOCK)
+    q, scale = fp8_quantize(spread.t().contiguous(), "1x128")
+    if expert_offsets[-1] >= 0:  # columns of no expert are never read
+        q.view(torch.uint8)[:, end:] = 0x7F
+        scale[:, end // BLOCK :] = NAN
+    return q, scale
+
+
+def wgrad_operands(
+    g: torch.Generator, rows: int, n: int, k: int, expert_offsets: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """grad_t, scale_grad, a_t, scale_a of rows whose magnitude differs."""
+
+    def random(width):
+        return torch.randn(rows, width, generator=g) * torch.randn(rows, 1, generator=g).exp2()
+
+    return *in_columns(random(n), expert_offsets), *in_columns(random(k), expert_offsets)
+
+
+WGRAD_CASES = {
+    # rows, n, k, offsets
+    "three_experts": (300, 24, 40, offsets(130, 130, 300)),
+    "wide": (20, 136, 72, offsets(5, 20)),
+    "many_blocks": (700, 5, 24, offsets(600, 700)),
+    "rows_of_no_expert": (300, 24, 16, offsets(2, 129, 140)),
+    "offsets_out_of_range": (140, 24, 16, HOSTILE),
+    "first_offset_above_0": (290, 24, 16, torch.tensor([150, 151, 290], dtype=torch.int32)),
+    "no_experts": (3, 24, 16, offsets()),
+    "no_rows": (0, 24, 16, offsets(0, 0)),
+    "no_columns": (4, 24, 0, offsets(1, 4)),
+}
+
+
+def wgrad(g: torch.Generator) -> list[Sample]:
+    strides = ("grad_t", "scale_grad", "a_t", "scale_a")
+    return [
+        Sample(
+            name, (*wgrad_operands(g, *case), case[-1]), tolerance=MATMUL,
+            any_strides=strides if name == "three_experts" else (),
+        )
+        for name, case in WGRAD_CASES.items()
+    ]  # fmt: skip
+
+
+def wgrad_out(g: torch.Generator) -> list[Sample]:
+    def case(name, accumulate, **options):
+        rows, n, k, expert_offsets = WGRAD_CASES[name]
+        out = torch.randn(len(expert_offsets) - 1, n, k, generator=g)
+        args = (*wgrad_operands(g, rows, n, k, expert_offsets), expert_offsets, out, accumulate)
+        label = f"{name}_{'accumulate' if accumulate else 'write'}"
+        return Sample(label, args, tolerance=MATMUL, mutated=("out",), **options)
+
+    return [
+        case("three_experts", True, any_strides=("grad_t", "scale_a")),
+        case("wide", False),
+        case("rows_of_no_expert", True),
+        case("offsets_out_of_range", True),
+        case("no_rows", True),
+        case("no_rows", False),
+    ]
+
+
+def bad_wgrad(g: torch.Generator) -> list[Bad]:
+    ends = offsets(2, 5)
+    grad_t, scale_grad, a_t, scale_a = wgrad_operands(g, 5, 24, 16, ends)
+    rest, op = (scale_grad, a_t, scale_a, ends), "fp8_grouped_matmul_wgrad"
+
+    def case(name, error, match, *args):
+        return Bad(name, args, error, rf"{op}: {match}")
+
+    narrow = (grad_t[:, :80], scale_grad[:, :1], a_t[:, :80], scale_a[:, :1], ends)
+    return [
+        case("grad_dtype", TypeError, "grad_t: wanted dtype float8_e4m3fn", grad_t.float(), *rest),
+        case("grad_dims", ValueError, r"grad_t: wanted shape \[\*, \*\]", grad_t[0], *rest),
+        case("columns", ValueError, "grad_t: columns: wanted a multiple of 128, got 80", *narrow),
+        case("scale_grad", ValueError, r"scale_grad: wanted shape \[24, 2\]", grad_t, scale_grad[:, :1], *rest[1:]),
+        case("a_dtype", TypeError, "a_t: wanted dtype float8", grad_t, scale_grad, a_t.float(), scale_a, ends),
+        case(
+            "a_columns", ValueError, r"a_t: wanted shape \[\*, 256\]", grad_t, scale_grad, a_t[:, :128], scale_a, ends
+        ),
+        case("k", ValueError, "a_t: k: wanted a multiple of 8, got 12", grad_t, scale_grad, a_t[:12], scale_a, ends),
+        case(
+            "scale_a", TypeError, "scale_a: wanted dtype float32", grad_t, scale_grad, a_t, scale_a.double(), ends
+        ),
+        case(
+            "offsets", TypeError, "expert_offsets: wanted dtype int32", grad_t, scale_grad, a_t, scale_a, ends.long()
+        ),
+        case(
+            "offsets_empty", ValueError, "expert_offsets: length: wanted at least 1",
+            grad_t, scale_grad, a_t, scale_a, ends[:0],
+        ),
+    ]  # fmt: skip
+
+
+def bad_wgrad_out(g: torch.Generator) -> list[Bad]:
+    ends = offsets(2, 5)
+    operands = (*wgrad_operands(g, 5, 24, 16, ends), ends)
+    out, op = torch.zeros(2, 24, 16), "fp8_grouped_matmul_wgrad"
+    leaf = operands[1].clone().requires_grad_()
+    return [
+        Bad("shape", (*operands, out[0]), ValueError, rf"{op}: out: wanted shape \[2, 24, 16\], got \[24, 16\]"),
+        Bad("dtype", (*operands, out.bfloat16()), TypeError, rf"{op}: out: wanted dtype float32, got bfloat16"),
+        Bad("strides", (*operands, torch.zeros(2, 16, 24).mT), ValueError, rf"{op}: out: wanted a contiguous tensor"),
+        Bad("grad", (*operands, out.clone().requires_grad_()), RuntimeError, rf"{op}: out: requires grad"),
+        Bad("grad_of_scale", (operands[0], leaf, *operands[2:], out), RuntimeError, rf"{op}: scale_grad: requires"),
+    ]
+
+
+SAMPLES = {
+    "fp8_grouped_matmul": samples,
+    "fp8_grouped_matmul_masked": masked_samples,
+    "fp8_grouped_matmul_wgrad": wgrad,
+    "fp8_grouped_matmul_wgrad.out": wgrad_out,
+}
+BAD = {
+    "fp8_grouped_matmul": bad,
+    "fp8_grouped_matmul_masked": masked_bad,
+    "fp8_grouped_matmul_wgrad": bad_wgrad,
+    "fp8_grouped_matmul_wgrad.out": bad_wgrad_out,
+}
