@@ -210,6 +210,50 @@ void bind_fp8_grouped_matmul(py::module_& m) {
     instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.swap, i.stages));
   m.attr("fp8_grouped_matmul_instances") = py::tuple(instances);
 }
+
+void bind_fp8_grouped_matmul_wgrad(py::module_& m) {
+  m.def(
+      "fp8_grouped_matmul_wgrad",
+      [](address grad_t, address scale_grad, address a_t, address scale_a, address expert_offsets, address d, int64_t n,
+         int64_t k, int64_t columns, int num_experts, int64_t ld_grad, int64_t ld_a, int64_t ldd, int64_t d_stride_e,
+         int64_t scale_grad_stride_n, int64_t scale_grad_stride_c, int64_t scale_a_stride_k, int64_t scale_a_stride_c,
+         bool accumulate, int tile_m, int tile_n, int cluster_m, int cluster_n, int raster, int ctas, address stream) {
+        launch_fp8_grouped_wgrad({at<void>(grad_t),
+                                  at<float>(scale_grad),
+                                  at<void>(a_t),
+                                  at<float>(scale_a),
+                                  at<int32_t>(expert_offsets),
+                                  at<float>(d),
+                                  n,
+                                  k,
+                                  columns,
+                                  num_experts,
+                                  ld_grad,
+                                  ld_a,
+                                  ldd,
+                                  d_stride_e,
+                                  scale_grad_stride_n,
+                                  scale_grad_stride_c,
+                                  scale_a_stride_k,
+                                  scale_a_stride_c,
+                                  accumulate,
+                                  tile_m,
+                                  tile_n,
+                                  cluster_m,
+                                  cluster_n,
+                                  raster,
+                                  ctas,
+                                  at<void>(stream)});
+      },
+      kw_only(), "grad_t"_a, "scale_grad"_a, "a_t"_a, "scale_a"_a, "expert_offsets"_a, "d"_a, "n"_a, "k"_a, "columns"_a,
+      "num_experts"_a, "ld_grad"_a, "ld_a"_a, "ldd"_a, "d_stride_e"_a, "scale_grad_stride_n"_a, "scale_grad_stride_c"_a,
+      "scale_a_stride_k"_a, "scale_a_stride_c"_a, "accumulate"_a, "tile_m"_a, "tile_n"_a, "cluster_m"_a, "cluster_n"_a,
+      "raster"_a, "ctas"_a, "stream"_a, release_gil());
+  py::list instances;
+  for (const Fp8GroupedWgradInstance& i : fp8_grouped_wgrad_instances())
+    instances.append(py::make_tuple(i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.stages));
+  m.attr("fp8_grouped_matmul_wgrad_instances") = py::tuple(instances);
+}
 #endif
 #endif
 
@@ -225,7 +269,8 @@ void bind(py::module_& m) {
 #if defined(DEEPSEEK_KERNELS_SM90A)
   bind_fp8_matmul(m);
   bind_fp8_grouped_matmul(m);
-  ops += ",fp8_matmul,fp8_grouped_matmul";
+  bind_fp8_grouped_matmul_wgrad(m);
+  ops += ",fp8_matmul,fp8_grouped_matmul,fp8_grouped_matmul_wgrad";
 #endif
   m.attr("ops") = split(ops);
   m.attr("architectures") = split(DEEPSEEK_KERNELS_ARCHS);

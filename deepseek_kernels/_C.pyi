@@ -207,6 +207,49 @@ def fp8_grouped_matmul(
     g * b_group_rows (g * a_group_rows) rows after the first.
     """
 
+fp8_grouped_matmul_wgrad_instances: tuple[tuple[int, int, int, int, int], ...]
+"""What `fp8_grouped_matmul_wgrad` was compiled for: (tile_m, tile_n, cluster_m, cluster_n), and the stages of each."""
+
+def fp8_grouped_matmul_wgrad(
+    *,
+    grad_t: int,
+    scale_grad: int,
+    a_t: int,
+    scale_a: int,
+    expert_offsets: int,
+    d: int,
+    n: int,
+    k: int,
+    columns: int,
+    num_experts: int,
+    ld_grad: int,
+    ld_a: int,
+    ldd: int,
+    d_stride_e: int,
+    scale_grad_stride_n: int,
+    scale_grad_stride_c: int,
+    scale_a_stride_k: int,
+    scale_a_stride_c: int,
+    accumulate: bool,
+    tile_m: int,
+    tile_n: int,
+    cluster_m: int,
+    cluster_n: int,
+    raster: int,
+    ctas: int,
+    stream: int,
+) -> None:
+    """d[e] = grad_t [n, columns of e] @ a_t [k, columns of e]^T of dequantised operands; sm_90a only.
+
+    grad_t, a_t e4m3; scale_grad [n, ceil(columns/128)] and scale_a [k, ceil(columns/128)] fp32 with any two strides; d
+    fp32 [num_experts, n, k], `accumulate` adds to it. expert_offsets int32 [num_experts + 1] of rows, of any values:
+    expert e has the blocks of 128 columns that its rows fill, after those of the experts before it. 0: there is one
+    expert with all columns, the last block of which may be partial.
+    Needs grad_t, a_t 16-byte and d 8-byte aligned, ld_grad % 16 == 0, ld_a % 16 == 0, ldd, d_stride_e and k even,
+    columns % 128 == 0 (16 where there is one expert). tile_m is of n, tile_n of k; `cluster_m`, `cluster_n`, `raster`
+    and `ctas` as for `fp8_matmul`. Anything not among `fp8_grouped_matmul_wgrad_instances` raises.
+    """
+
 class cpu:
     """A submodule of kernels for CPU memory.
 

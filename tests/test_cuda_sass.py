@@ -117,6 +117,17 @@ def test_fp8_matmuls_use_the_hopper_units(op):
         assert (("STSM.16.MT88" if swap == "1" else "STSM.16.M88") in kernel.sass) == (out != "f"), name
 
 
+def test_the_weight_gradient_uses_the_hopper_units():
+    kernels, _ = compile_kernels("fp8_grouped_matmul", "90a")
+    kernels = {name: kernel for name, kernel in kernels.items() if "WgradConfig" in name}
+    assert kernels
+    for name, kernel in kernels.items():
+        for unit in ("QGMMA", "UTMALDG.2D", "USETMAXREG", "LDGSTS", "ARRIVES.LDGSTSBAR", "ACQBULK", "STG.E.64"):
+            assert unit in kernel.sass, f"{unit} in {name}"
+        assert not re.search(r"\b(RED|ATOMG?)\.", kernel.sass), f"an atomic in {name}"
+        assert ("UTMALDG.2D.MULTICAST" in kernel.sass) == ("Li1ELi1EE" not in name), name
+
+
 def test_the_generated_wgmma_is_up_to_date():
     generator = harness.ROOT / "csrc/common/gen_wgmma.py"
     printed = subprocess.run([sys.executable, generator], capture_output=True, text=True, check=True).stdout

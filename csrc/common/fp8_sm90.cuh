@@ -25,7 +25,13 @@ enum class Shared { kX, kY };  // what the CTAs of a cluster have in common
 
 // kScalesX: scales of x a stage. kRows of them are one a row, otherwise one holds for the tile. kScalesY: the same of
 // y, where two are those of the scale block that the tile begins in and of the next one.
+// Out: what the result is staged in, void where it is not staged.
 // kReserved: bytes of shared memory for the kernel's own purposes.
+template <class Out>
+constexpr int kStagedSize = int(sizeof(Out));
+template <>
+inline constexpr int kStagedSize<void> = 0;
+
 template <class Out_, int kRows_, int kCols_, int kScalesX_, int kScalesY_, int kCluster_, Shared kShared_,
           int kReserved>
 struct Config {
@@ -34,6 +40,7 @@ struct Config {
   static constexpr int kCluster = kCluster_;
   static constexpr bool kSharesX = kCluster > 1 && kShared_ == Shared::kX, kSharesY = kCluster > 1 && !kSharesX;
   static constexpr bool kRowScales = kScalesX == kRows, kColScales = kScalesY == kCols;
+  static constexpr bool kLateScales = kRowScales && kColScales;  // of y; too many to hold while wgmma runs
   static constexpr int kMathGroups = kRows == kWaveRows ? 1 : 2;
   static constexpr int kWaves = kRows / (kMathGroups * kWaveRows);
   static constexpr int kThreads = (kMathGroups + 1) * kGroupThreads;
@@ -42,9 +49,9 @@ struct Config {
   static constexpr int kBoxX = kRows / (kSharesX ? kCluster : 1);  // rows of a TMA load
   static constexpr int kBoxY = kCols / (kSharesY ? kCluster : 1);
   static constexpr int kStageBytes = (kRows + kCols) * kTileK;
-  static constexpr int kSumsBytes = kRows * kCols * int(sizeof(Out));
+  static constexpr int kSumsBytes = kRows * kCols * kStagedSize<Out>;
   static constexpr int kStages = [] {
-    const int room = kSharedBytes - kReserved - kSumsBytes - 64;
+    const int room = kSharedBytes - kReserved - kSumsBytes - (kSumsBytes ? 64 : 1024);
     const int stages = room / (kStageBytes + (kScalesX + kScalesY) * 4 + 16);
     return stages < kMaxStages ? stages : kMaxStages;
   }();
@@ -55,7 +62,7 @@ struct Config {
   struct Smem {
     alignas(1024) uint8_t x[kStages][kRows * kTileK];
     alignas(1024) uint8_t y[kStages][kCols * kTileK];
-    alignas(1024) uint8_t d[kMathGroups][kWaves][kSumsBytes / (kMathGroups * kWaves)];
+    alignas(1024) uint8_t d[kMathGroups][kWaves][kSumsBytes ? kSumsBytes / (kMathGroups * kWaves) : 1];
     alignas(16) float scale_x[kStages][kScalesX];
     alignas(8) float scale_y[kStages][kScalesY];
     alignas(8) uint64_t full[kStages];
@@ -219,13 +226,15 @@ DEVICE_FN int wave_row() { return int(threadIdx.x % kGroupThreads / 32 * 16 + th
 template <class C>
 struct StageScales {
   float x[2];
-  float y[C::kColScales ? C::kCols / 4 : C::kScalesY];
+  float y[C::kLateScales ? 1 : C::kColScales ? C::kCols / 4 : C::kScalesY];
 
   DEVICE_FN StageScales(const typename C::Smem& s, int stage, int first_row) {
     const float* sx = &s.scale_x[stage][C::kRowScales ? first_row + wave_row() : 0];
     x[0] = sx[0];
     x[1] = sx[C::kRowScales ? (BUG(scale_of_next_row) ? 1 : 8) : 0];
-    if constexpr (C::kColScales) {
+    if constexpr (C::kLateScales) {
+      y[0] = 0.f;
+    } else if constexpr (C::kColScales) {
 #pragma unroll
       for (int i = 0; i < C::kCols / 8; ++i) {
         const float2 pair = *reinterpret_cast<const float2*>(&s.scale_y[stage][i * 8 + threadIdx.x % 4 * 2]);
@@ -244,6 +253,21 @@ struct StageScales {
     return row * (i / 4 * 8 / C::kPart * C::kPart < boundary ? y[0] : y[C::kScalesY - 1]);
   }
 };
+
+// sum += scale_x * scale_y * product, with the scales of y read as they are needed.
+template <class C>
+DEVICE_FN void add_scaled(const float* scale_y, const float (&scale_x)[2], const float (&product)[C::kSums],
+                          float (&sum)[C::kSums]) {
+#pragma unroll
+  for (int i = 0; i < C::kSums; i += 4) {
+    const float2 y = *reinterpret_cast<const float2*>(&scale_y[i * 2 + threadIdx.x % 4 * 2]);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      sum[i + 2 * row] += scale_x[row] * y.x * product[i + 2 * row];
+      sum[i + 2 * row + 1] += scale_x[row] * y.y * product[i + 2 * row + 1];
+    }
+  }
+}
 
 // sum[wave] += the scaled products of one tile, over all of its k.
 template <class C>
@@ -274,10 +298,19 @@ DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Til
         wgmma_e4m3<C::kCols>(product, desc_x + step * 2, desc_y + step * (BUG(k_step_doubled) ? 4 : 2), step != 0);
       wgmma_commit();
       if (!BUG(wgmma_wait_missing)) wgmma_wait<0>(product);
-      if (wave == C::kWaves - 1 && !BUG(stage_released_early) && !BUG(stage_never_released)) release();
+      const bool late = C::kLateScales && !BUG(late_scales_after_release);
+      if (wave == C::kWaves - 1 && !late && !BUG(stage_released_early) && !BUG(stage_never_released)) release();
       if (BUG(scale_read_after_release)) scales = StageScales<C>(s, r.stage, first_row);
+      if constexpr (C::kLateScales) {
+        add_scaled<C>(s.scale_y[r.stage], scales.x, product, sum[wave]);
+        if (wave == C::kWaves - 1 && late && !BUG(stage_released_early) && !BUG(stage_never_released)) {
+          if (!BUG(late_syncwarp_missing)) __syncwarp();
+          release();
+        }
+      } else {
 #pragma unroll
-      for (int i = 0; i < C::kSums; ++i) sum[wave][i] += scales.of(i, t.boundary) * product[i];
+        for (int i = 0; i < C::kSums; ++i) sum[wave][i] += scales.of(i, t.boundary) * product[i];
+      }
     }
   }
 }

@@ -41,4 +41,33 @@ constexpr int kFp8GroupedMatmulMaxGroups = 1024;
 std::vector<Fp8GroupedMatmulInstance> fp8_grouped_matmul_instances();
 void launch_fp8_grouped_matmul(const Fp8GroupedMatmulParams& params);
 
+// The gradient of b: for each expert the product of its columns of two matrices.
+struct Fp8GroupedWgradParams {
+  const void* grad_t;             // [n, columns] e4m3
+  const float* scale_grad;        // [n, ceil(columns / 128)]
+  const void* a_t;                // [k, columns] e4m3
+  const float* scale_a;           // [k, ceil(columns / 128)]
+  const int32_t* expert_offsets;  // [num_experts + 1] first rows; nullptr: one expert has all columns
+  float* d;                       // [num_experts, n, k]
+  int64_t n, k, columns;
+  int num_experts;
+  int64_t ld_grad, ld_a, ldd, d_stride_e;  // in elements, between rows and between experts
+  int64_t scale_grad_stride_n, scale_grad_stride_c;
+  int64_t scale_a_stride_k, scale_a_stride_c;
+  bool accumulate;           // add to what is in d
+  int tile_m, tile_n;        // of n, of k
+  int cluster_m, cluster_n;  // tiles of a cluster; one of both is 1
+  int raster;                // rows of clusters walked before the next column of tiles
+  int ctas;                  // a multiple of the cluster
+  void* stream;
+};
+
+struct Fp8GroupedWgradInstance {
+  int tile_m, tile_n, cluster_m, cluster_n;
+  int stages;  // chosen by what fits
+};
+
+std::vector<Fp8GroupedWgradInstance> fp8_grouped_wgrad_instances();
+void launch_fp8_grouped_wgrad(const Fp8GroupedWgradParams& params);
+
 }  // namespace deepseek_kernels
