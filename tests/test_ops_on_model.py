@@ -13,13 +13,14 @@ import deepseek_kernels as dk
 from deepseek_kernels.device import CPU
 from deepseek_kernels.ops._registry import OPERATORS
 from deepseek_kernels.plan import _fp8_hopper as fp8_hopper
+from deepseek_kernels.plan import _fp8_wgrad as fp8_wgrad
 from deepseek_kernels.plan import fp8_grouped_matmul as fp8_grouped_matmul_plan
 from deepseek_kernels.plan import fp8_matmul as fp8_matmul_plan
 from deepseek_kernels.plan.backend import Environment
 from deepseek_kernels.testing import samples as sampling
 from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits
 from deepseek_kernels.testing.guard import guarded_allocations
-from deepseek_kernels.testing.samples.fp8_grouped_matmul import quantized
+from deepseek_kernels.testing.samples.fp8_grouped_matmul import quantized, wgrad_operands
 from deepseek_kernels.testing.samples.fp8_matmul import operands
 
 sys.path.insert(0, str(Path(__file__).parent / "hopper_model"))
@@ -133,3 +134,31 @@ def test_fp8_grouped_matmul_copies_what_the_hopper_kernel_cannot_address():
             assert_close(got, expected, MATMUL)
         got = dk.fp8_grouped_matmul(a, scale_a, b[:1].expand(3, -1, -1), scale_b[:1].expand(3, -1, -1), ends)
         assert_close(got, same, MATMUL)
+
+
+def test_the_weight_gradients_plan_knows_the_compiled_instances(model):
+    compiled = {tuple(instance): stages for *instance, stages in model.fp8_grouped_matmul_wgrad_instances}
+    assert sorted(compiled) == sorted(fp8_wgrad.INSTANCES)
+    for instance, stages in compiled.items():
+        assert stages == fp8_wgrad.stages(fp8_hopper.Tile(*instance)), instance
+
+
+def test_the_weight_gradient_copies_what_the_hopper_kernel_cannot_address():
+    """Operands and outputs that begin anywhere, rows on top of each other: as if contiguous."""
+    rows, expert_offsets = 300, torch.tensor([0, 130, 130, 300], dtype=torch.int32)
+    grad_t, scale_grad, a_t, scale_a = wgrad_operands(torch.Generator().manual_seed(0), rows, 24, 40, expert_offsets)
+
+    def shifted(t, by):
+        flat = torch.zeros(t.numel() + by, dtype=torch.uint8).view(t.dtype)
+        flat[by:] = t.flatten()
+        return flat[by:].view(t.shape)
+
+    flat = torch.ones(3 * 24 * 40 + 1)
+    out = flat[1:].view(3, 24, 40)
+    with dk.use_backend("reference"):
+        expected = 1 + dk.fp8_grouped_matmul_wgrad(grad_t, scale_grad, a_t, scale_a, expert_offsets)
+    with harness.model_extension(), dk.use_backend("cuda"):
+        operands = shifted(grad_t, 3), scale_grad, shifted(a_t, 8), scale_a
+        dk.fp8_grouped_matmul_wgrad(*operands, expert_offsets, out=out, accumulate=True)
+    assert_close(out, expected, MATMUL)
+    assert flat[0] == 1

@@ -10,7 +10,7 @@ import torch
 from ..plan import fp8_grouped_matmul as plan
 from ..reference import fp8_grouped_matmul as reference
 from ..shapes import BLOCK, ceil_div
-from . import _allocate, _extension, _grouped_cpu
+from . import _allocate, _extension, _fp8_wgrad, _grouped_cpu
 from . import _checks as checks
 from ._registry import register
 
@@ -344,6 +344,20 @@ def _triton_wgrad(config, grad_t, scale_grad, a_t, scale_a, expert_offsets, out,
         kernel.fp8_grouped_matmul_wgrad(config, accumulate, grad_t, scale_grad, a_t, scale_a, expert_offsets, out)
 
 
+def _cuda_wgrad(config, grad_t, scale_grad, a_t, scale_a, expert_offsets, out, accumulate) -> None:
+    if _is_done(grad_t, out, accumulate):
+        return
+    grad_t, a_t = _matrices(grad_t[None])[0], _matrices(a_t[None])[0]
+    d = out
+    if out.data_ptr() % 8:  # a view into a flat buffer may begin anywhere
+        d = _allocate.empty(out.shape, out.dtype, out.device)
+        if accumulate:
+            d.copy_(out)
+    _fp8_wgrad.launch(config, grad_t, scale_grad, a_t, scale_a, expert_offsets, d, accumulate)
+    if d is not out:
+        out.copy_(d)
+
+
 def _allocating(into: Callable) -> Callable:
     """The op that allocates its result, from the one that writes into it."""
 
@@ -378,7 +392,7 @@ register(
     backends={"cuda": _cuda_masked, "triton": _triton_masked, "cpu": _cpu_masked},
 )
 
-_INTO_WGRAD = {"triton": _triton_wgrad}
+_INTO_WGRAD = {"cuda": _cuda_wgrad, "triton": _triton_wgrad}
 
 register(
     "fp8_grouped_matmul_wgrad(Tensor grad_t, Tensor scale_grad, Tensor a_t, Tensor scale_a, Tensor expert_offsets) "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..plan import fp8_matmul as plan
 from ..reference import fp8_matmul as reference
 from ..shapes import BLOCK, ceil_div
-from . import _allocate, _extension, _scaled_mm
+from . import _allocate, _extension, _fp8_wgrad, _scaled_mm
 from . import _checks as checks
 from ._registry import register
 
@@ -159,6 +159,15 @@ def _cuda(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
     d = out if _in_vectors(out) else _allocate.empty(out.shape, out.dtype, out.device)
     if accumulate and d is not out:
         d.copy_(out)
+    if _granularity(b, scale_b) == "1x128":
+        _fp8_wgrad.launch(config, a, scale_a, b, scale_b, None, d[None], accumulate)
+    else:
+        _launch(config, a, scale_a, b, scale_b, bias, d, accumulate)
+    if d is not out:
+        out.copy_(d)
+
+
+def _launch(config, a, scale_a, b, scale_b, bias, d, accumulate) -> None:
     address = _extension.address
     _extension.module().fp8_matmul(
         a=address(a), scale_a=address(scale_a), b=address(b), scale_b=address(scale_b), bias=address(bias),
@@ -170,8 +179,6 @@ def _cuda(config, a, scale_a, b, scale_b, bias, out, accumulate) -> None:
         cluster_n=config.cluster_n, swap=config.swap, raster=config.raster, ctas=config.ctas,
         stream=_extension.stream(a),
     )  # fmt: skip
-    if d is not out:
-        out.copy_(d)
 
 
 def _torch(config, a, scale_a, b, scale_b, bias, out_dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Literal
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
 from . import _fp8_hopper as hopper
+from . import _fp8_wgrad as wgrad
 from . import grouped_matmul as grouped
 from .backend import Environment, cpu_reason, cuda_reason, triton_reason
 from .fp8_matmul import CudaConfig
@@ -39,6 +40,9 @@ class Config:
     num_stages: int
     native_fp8: bool
     num_programs: int = 0
+
+
+AnyConfig = Config | CudaConfig | wgrad.WgradConfig
 
 
 def _unscaled(p: Problem) -> grouped.Problem:
@@ -77,8 +81,8 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
 
 
 def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
-    if p.layout not in ("contiguous", "masked"):
-        return f"has no kernel for the layout of {p.layout}"
+    if p.layout == "wgrad":
+        return cuda_reason("fp8_grouped_matmul_wgrad", device, env, archs=(90,))
     if p.num_experts > CUDA_MAX_EXPERTS:
         return f"needs at most {CUDA_MAX_EXPERTS} experts, got {p.num_experts}"
     if p.k == 0:
@@ -130,10 +134,17 @@ CPU_CONFIG = Config(16, 32, 2, 4, 1, False, 3)
 """Small, so that the interpreter meets several tiles and programs on small shapes."""
 
 
-def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Sequence[Config | CudaConfig]:
+def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Sequence[AnyConfig]:
+    if backend == "cuda" and p.layout == "wgrad":
+        return wgrad.candidates(_wgrad_size(p), device)
     if backend == "cuda":
         return [_cuda_config(p, device, hopper.Tile(*i)) for i in INSTANCES[p.out_dtype]]
     return _triton_candidates(p, device)
+
+
+def _wgrad_size(p: Problem) -> wgrad.Size:
+    blocks = ceil_div(p.num_rows // BLOCK, max(p.num_experts, 1))
+    return wgrad.Size(p.n, p.k, p.num_experts, blocks, bytes(p))
 
 
 def _triton_candidates(p: Problem, device: DeviceSpec) -> list[Config]:
@@ -157,7 +168,9 @@ def shared_memory(c: Config, p: Problem) -> int:
     return grouped.shared_memory(_tile(c, p), _unscaled(p)) + widened
 
 
-def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
+def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
+    if isinstance(c, wgrad.WgradConfig):
+        return wgrad.is_legal(c)
     if isinstance(c, CudaConfig):
         known = astuple(c)[: len(astuple(hopper.Tile(0, 0)))] in INSTANCES[p.out_dtype]
         return "" if known else "not among the compiled instances"
@@ -176,8 +189,10 @@ def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
     return ""
 
 
-def cost(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> float:
+def cost(c: AnyConfig, p: Problem, device: DeviceSpec) -> float:
     """Seconds, as for `grouped_matmul` and for `fp8_matmul`."""
+    if isinstance(c, wgrad.WgradConfig):
+        return wgrad.seconds(c, _wgrad_size(p), device)
     if isinstance(c, CudaConfig):
         size, clusters = grouped.ELEMENT_BYTES[p.out_dtype], _expected_clusters(c, p)
         return hopper.seconds(c, clusters, _rows_per_group(p), p.k, size, bytes(p), device, CUDA_RESERVED)
@@ -201,7 +216,7 @@ def _cuda_config(p: Problem, device: DeviceSpec, t: hopper.Tile) -> CudaConfig:
     return CudaConfig(*astuple(t), hopper.raster(t, _rows_per_group(p), device), ctas)
 
 
-def select(p: Problem, device: DeviceSpec, backend: str) -> Config | CudaConfig | None:
+def select(p: Problem, device: DeviceSpec, backend: str) -> AnyConfig | None:
     if backend == "cuda":
         return min(candidates(p, device, backend), key=lambda c: cost(c, p, device))
     if backend != "triton":

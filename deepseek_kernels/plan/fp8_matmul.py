@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass, replace
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
 from . import _fp8_hopper as hopper
+from . import _fp8_wgrad as wgrad
 from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -50,6 +51,9 @@ class CudaConfig(hopper.Tile):
 
     raster: int = 1
     ctas: int = 1
+
+
+AnyConfig = Config | CudaConfig | wgrad.WgradConfig
 
 
 def flops(p: Problem) -> int:
@@ -116,8 +120,8 @@ def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
 
 
 def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
-    if p.granularity_b != "128x128":
-        return f"takes 128x128 scales of b, got {p.granularity_b}"
+    if p.granularity_b == "1x128" and (p.out_dtype != "float32" or p.bias_dtype):
+        return "with 1x128 scales of b, writes fp32 without a bias: a weight gradient"
     if p.out_dtype == "float16" or p.bias_dtype == "float16":
         return "reads and writes bf16 and fp32, not fp16"
     if p.k == 0:
@@ -189,7 +193,9 @@ MAX_SPLIT_ROWS = 256
 """Above, the tiles fill the device without sharing out k."""
 
 
-def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Sequence[Config | CudaConfig]:
+def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Sequence[AnyConfig]:
+    if backend == "cuda" and p.granularity_b == "1x128":
+        return wgrad.candidates(_wgrad_size(p), device)
     if backend == "cuda":
         return [_cuda_config(p, device, hopper.Tile(*i)) for i in INSTANCES.get(p.out_dtype, ())]
     if device.kind == "cpu":  # what the interpreter checks: every path of the kernel over the shapes of the tests
@@ -205,6 +211,10 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Seque
     return [c for c in configs if not is_legal(c, p, device)]
 
 
+def _wgrad_size(p: Problem) -> wgrad.Size:
+    return wgrad.Size(p.m, p.n, 1, p.blocks, bytes(p))
+
+
 def _cuda_config(p: Problem, device: DeviceSpec, t: hopper.Tile) -> CudaConfig:
     ctas = hopper.ctas(t, hopper.clusters(t, [p.m], p.n), device)
     return CudaConfig(*astuple(t), hopper.raster(t, p.m, device), ctas)
@@ -215,8 +225,10 @@ def shared_memory(c: Config) -> int:
     return c.num_stages * (c.block_m + c.block_n) * BLOCK + 1024
 
 
-def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
+def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
     """Why not; empty if it is."""
+    if isinstance(c, wgrad.WgradConfig):
+        return wgrad.is_legal(c)
     if isinstance(c, CudaConfig):
         known = (c.tile_m, c.tile_n, c.cluster_m, c.cluster_n, c.swap) in INSTANCES.get(p.out_dtype, ())
         return "" if known else "not among the compiled instances"
@@ -241,9 +253,11 @@ LAUNCH = 3e-6  # seconds that a second kernel costs
 DECODE_OPERATIONS = 3  # per e4m3 value where the tensor cores take none
 
 
-def cost(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> float:
+def cost(c: AnyConfig, p: Problem, device: DeviceSpec) -> float:
     """Seconds: waves of tiles, each as long as the slower of its math and its reads, and never less than the memory
     traffic of the whole problem."""
+    if isinstance(c, wgrad.WgradConfig):
+        return wgrad.seconds(c, _wgrad_size(p), device)
     return _cost_cuda(c, p, device) if isinstance(c, CudaConfig) else _cost_triton(c, p, device)
 
 
@@ -283,15 +297,15 @@ def _read(step_bytes: float, steps_ahead: int) -> float:
     return max(step_bytes / hopper.L2_BYTES_PER_SM, hopper.MEMORY_LATENCY / max(steps_ahead, 1))
 
 
-def select(p: Problem, device: DeviceSpec, backend: str) -> Config | CudaConfig | None:
+def select(p: Problem, device: DeviceSpec, backend: str) -> AnyConfig | None:
     """The cheapest candidate; among equals fewer slices, then the larger tile."""
     if backend not in ("cuda", "triton"):
         return None
 
-    def order(c: Config | CudaConfig) -> tuple[float, ...]:
-        if isinstance(c, CudaConfig):
+    def order(c: AnyConfig) -> tuple[float, ...]:
+        if isinstance(c, hopper.Tile):
             return cost(c, p, device), -c.tile_m * c.tile_n
         return cost(c, p, device), c.split_k, -c.block_m * c.block_n
 
-    options: Sequence[Config | CudaConfig] = candidates(p, device, backend)
+    options: Sequence[AnyConfig] = candidates(p, device, backend)
     return min(options, key=order)
