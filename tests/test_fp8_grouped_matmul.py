@@ -293,6 +293,17 @@ def test_every_wgrad_has_a_legal_config(device):
             assert c.native_fp8 == (device.arch >= 89)
 
 
+def test_every_wgrad_has_a_compiled_instance():
+    for columns in (0, 128, 33_152):
+        for num_experts, n, k in ((0, 8, 16), (1, 8, 16), (8, 4096, 7168), (1000, 7168, 2048)):
+            p = plan.Problem(columns, n, k, num_experts, "float32", "wgrad")
+            c = plan.select(p, H100, "cuda")
+            assert not plan.is_legal(c, p, H100)
+            assert 0 < c.ctas <= H100.num_sms and c.ctas % c.cluster == 0 and c.raster >= 1
+    large = plan.select(plan.Problem(33_152, 4096, 7168, 8, "float32", "wgrad"), H100, "cuda")
+    assert large.tile_m * large.tile_n >= 128 * 192 and large.cluster == 2
+
+
 def test_tile_follows_rows_and_hardware():
     decode, prefill = plan.Problem(32, 4096, 7168, 32), plan.Problem(32768, 4096, 7168, 8)
     assert plan.select(decode, A100, "triton").block_m == 16

@@ -274,7 +274,9 @@ def _square(n: int) -> plan.Problem:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (dict(granularity_b="1x128"), "takes 128x128 scales of b"),
+        (dict(granularity_b="1x128"), "writes fp32 without a bias"),
+        (dict(granularity_b="1x128", out_dtype="float32", bias_dtype="float32"), "writes fp32 without a bias"),
+        (dict(granularity_b="1x128", out_dtype="float32", accumulate=True), ""),
         (dict(accumulate=True), ""),
         (dict(out_dtype="float16"), "not fp16"),
         (dict(bias_dtype="float16"), "not fp16"),
@@ -287,6 +289,19 @@ def test_what_the_hopper_kernel_takes(options, why):
     assert why in plan.backends(p, H200, env)["cuda"]
     assert bool(why) == bool(plan.backends(p, H200, env)["cuda"])
     assert "8.0" in plan.backends(problem(64, 4096, 7168), A100, env)["cuda"]
+
+
+def test_the_weight_gradient_on_hopper_takes_large_tiles_and_clusters():
+    for n, k in V3_MATMULS:
+        for tokens in (1, 4096, 8192):
+            p = problem(n, k, tokens, granularity_b="1x128", out_dtype="float32", accumulate=True)
+            c = plan.select(p, H200, "cuda")
+            assert not plan.is_legal(c, p, H200)
+            assert c.ctas <= H200.num_sms and c.ctas % c.cluster == 0
+            if tokens > 1:
+                assert c.tile_m * c.tile_n >= 128 * 192 and c.cluster == 2
+                assert 0.5 * H200.rate("fp8") < plan.flops(p) / plan.cost(c, p, H200) < H200.rate("fp8")
+    assert plan.select(problem(24, 8, 16, granularity_b="1x128", out_dtype="float32"), H200, "cuda").ctas == 1
 
 
 @pytest.mark.gpu
