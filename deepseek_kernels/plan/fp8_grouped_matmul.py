@@ -112,7 +112,7 @@ TILES = (
     (128, 128, 8, 4),
 )
 TILES_WGRAD = ((64, 32, 4, 4), (64, 64, 4, 4), (128, 64, 8, 4))
-"""A scale for each row and column leaves registers for 32 sums a thread."""
+"""A scale for each row and column leaves registers for at most 32 sums a thread."""
 INSTANCES = {
     # tile_m, tile_n, cluster_m, cluster_n, swap; no cluster lies along m, where its tiles could belong to two groups
     "bfloat16": (
@@ -182,8 +182,9 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
         return "below 64 rows the tensor core has no FP8"
     if not c.native_fp8 and grouped.operands(_tile(c, p), _unscaled(p)) > 96:
         return "more than 96 operands a thread to decode leave no room for the rest"
-    if p.layout == "wgrad" and not c.native_fp8 and grouped.accumulators(_tile(c, p), _unscaled(p)) > 16:
-        return "operands to decode, and a scale for each row and column, leave registers for at most 16 sums a thread"
+    crowded = not c.native_fp8 or device.arch >= 100  # operands to decode, or sums to fetch from tensor memory
+    if p.layout == "wgrad" and crowded and grouped.accumulators(_tile(c, p), _unscaled(p)) > 16:
+        return "with a scale for each row and column there are registers for at most 16 sums a thread"
     if grouped.accumulators(_tile(c, p), _unscaled(p)) > 64:
         return "two sets of more than 64 accumulators a thread leave no room for the rest"
     return ""
