@@ -238,6 +238,14 @@ def test_reads_what_cache_write_wrote_into_a_strided_view(backend, cache_dtype):
     check(decode(backend, q, cache, table, seqlens), literal(q, cache, table, [6]))
 
 
+def test_a_cache_that_begins_elsewhere_is_checked_again():
+    memory = torch.zeros(2 * 4 * 656 + 16, dtype=torch.uint8)
+    args = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    deepseek_kernels.mla_decode(queries(1, 1, 2, 512), memory[:-16].view(2, 4, 656), *args, scale=SCALE)
+    with pytest.raises(ValueError, match="mla_decode: kv_cache: storage_offset: wanted a multiple of 16, got 4"):
+        deepseek_kernels.mla_decode(queries(1, 1, 2, 512), memory[4:-12].view(2, 4, 656), *args, scale=SCALE)
+
+
 def test_automatic_choice():
     assert deepseek_kernels.explain("mla_decode", *example()).backend in ("cpu", "torch")
     wide = plan.Problem(1, 1, 4, 64, d_latent=320)

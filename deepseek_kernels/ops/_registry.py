@@ -118,9 +118,9 @@ _MOST_DECISIONS = 8192
 
 
 def _outline(a: Any) -> Any:
-    """What checks and plans depend on: everything about a tensor but its values and its address."""
+    """What checks and plans depend on: everything about a tensor but its values and its storage's address."""
     if isinstance(a, torch.Tensor):
-        return a.dtype, a.shape, a.stride(), a.device, a.requires_grad
+        return a.dtype, a.shape, a.stride(), a.storage_offset(), a.device, a.requires_grad
     return tuple(a) if type(a) is list else a
 
 
