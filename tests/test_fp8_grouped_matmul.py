@@ -375,3 +375,28 @@ def test_what_the_hopper_kernel_takes(p, why):
     env = Environment(extension_ops=frozenset({"fp8_grouped_matmul"}), extension_archs=frozenset({90}))
     assert re.search(why, plan.backends(p, H100, env)["cuda"])
     assert "8.0" in plan.backends(plan.Problem(8, 16, 32, 2), A100, env)["cuda"]
+
+
+@pytest.mark.gpu
+def test_every_hopper_instance_on_the_device():
+    from deepseek_kernels.ops import _device
+    from deepseek_kernels.ops.fp8_grouped_matmul import _cuda, _cuda_masked
+
+    _, _, q = operands(600, 392, 720, 3)
+    ends = offsets(7, 7, 431)
+    expected = exact(*q, ends).cuda()
+    q, ends = [t.cuda() for t in q], ends.cuda()
+    a, scale_a = (t[:600].view(3, 200, -1) for t in q[:2])
+    counts = torch.tensor([200, 0, 33], dtype=torch.int32, device="cuda")
+    device = _device.spec(ends.device)
+    if device.arch != 90:
+        pytest.skip("needs a Hopper GPU")
+    for out_dtype in plan.INSTANCES:
+        dtype = getattr(torch, out_dtype)
+        for config in plan.candidates(plan.Problem(600, 392, 720, 3, out_dtype), device, "cuda"):
+            assert_close(_cuda(config, *q, ends, dtype), expected, MATMUL, str(config))
+            d = _cuda_masked(config, a, scale_a, *q[2:], counts, dtype, None)
+            for e, count in enumerate(counts.tolist()):
+                one = offsets(*[0] * e, *[count] * (3 - e))
+                want = exact(a[e].cpu(), scale_a[e].cpu(), q[2].cpu(), q[3].cpu(), one)[:count]
+                assert_close(d[e, :count].cpu(), want, MATMUL, str(config))

@@ -332,3 +332,23 @@ def test_every_candidate_on_the_device(rows_b):
         out = torch.empty(m, n, device="cuda")
         kernel.matmul(config, rows_b, False, *args, None, out, torch.empty(config.split_k, m, n, device="cuda"))
         assert_close(out, expected, MATMUL, str(config))
+
+
+@pytest.mark.gpu
+def test_every_hopper_instance_on_the_device():
+    from deepseek_kernels.ops import _device
+    from deepseek_kernels.ops.fp8_matmul import _cuda
+
+    for m, n, k in ((7, 392, 2064), (300, 648, 720)):
+        args = [t.cuda() for t in operands(generator(), m, n, k)]
+        bias, expected = torch.randn(n, device="cuda"), exact(*args).cuda()
+        device = _device.spec(args[0].device)
+        if device.arch != 90:
+            pytest.skip("needs a Hopper GPU")
+        for out_dtype in plan.INSTANCES:
+            p = problem(m, n, k, out_dtype=out_dtype)
+            for config in plan.candidates(p, device, "cuda"):
+                out = torch.randn(m, n, device="cuda", dtype=getattr(torch, out_dtype))
+                wanted = expected + bias + out.double()
+                _cuda(config, *args, bias, out, True)
+                assert_close(out, wanted, MATMUL, str(config))

@@ -158,6 +158,12 @@ def test_last_cluster_sync_of_fp8_matmul(model):
     harness.assert_caught(run, "last_cluster_sync_missing", seeds=range(1, 101))
 
 
+@pytest.mark.parametrize("bug", ["half_not_awaited", "half_overwritten"])
+def test_bugs_of_tiles_whose_steps_two_warpgroups_share(model, bug):
+    run = functools.partial(run_matmul, model, 16, 520, 272, tile=(16, 64), swap=True, ctas=1)
+    harness.assert_caught(run, bug)
+
+
 def test_bugs_of_accumulating(model):
     run = functools.partial(run_matmul, model, 130, 24, 16, accumulate=True, ctas=1)
     harness.assert_caught(run, "previous_rows_unmasked")

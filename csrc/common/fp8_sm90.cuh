@@ -1,9 +1,10 @@
 // What the FP8 matmuls of Hopper have in common: d = x y^T of block-scaled e4m3, where x has the 64 rows of wgmma.
 //
 // Tiling:   kRows of x times kCols of y a CTA, 128 of k a stage; persistent over the tiles of a Work. A math warpgroup
-//           owns kWaves times 64 rows: four wgmma give the unscaled product of a stage, which is then scaled into a
-//           second set of registers (the tensor core keeps about 14 bits while it adds, so it is never asked to add
-//           more than 128 products). A cluster of 2 has x or y in common and each CTA fetches half of it for both.
+//           owns kWaves times 64 rows, or where there are only 64 every second stage: four wgmma give the unscaled
+//           product of a stage, which is then scaled into a second set of registers (the tensor core keeps about 14
+//           bits while it adds, so it is never asked to add more than 128 products). The CTAs of a cluster have x
+//           or y in common; each fetches a part of it for all.
 // Pipeline: who              waits for      does                                            signals
 //           TMA thread       empty[stage]   loads x, y                                      full[stage] (bytes)
 //           scale warp       empty[stage]   cp.async of the scales of x and y               full[stage] (32 arrivals)
@@ -19,7 +20,7 @@ constexpr int kTileK = 128;  // bytes too; also the width of a scale block
 constexpr int kWaveRows = 64;
 constexpr int kGroupThreads = 128;
 constexpr int kSharedBytes = 232448;  // of a CTA on sm_90
-constexpr int kMaxStages = 16;
+constexpr int kMaxStages = 24;
 
 enum class Shared { kX, kY };  // what the CTAs of a cluster have in common
 
@@ -41,28 +42,31 @@ struct Config {
   static constexpr bool kSharesX = kCluster > 1 && kShared_ == Shared::kX, kSharesY = kCluster > 1 && !kSharesX;
   static constexpr bool kRowScales = kScalesX == kRows, kColScales = kScalesY == kCols;
   static constexpr bool kLateScales = kRowScales && kColScales;  // of y; too many to hold while wgmma runs
-  static constexpr int kMathGroups = kRows == kWaveRows ? 1 : 2;
-  static constexpr int kWaves = kRows / (kMathGroups * kWaveRows);
-  static constexpr int kThreads = (kMathGroups + 1) * kGroupThreads;
+  static constexpr int kRowGroups = kRows == kWaveRows ? 1 : 2;  // math warpgroups with rows of their own
+  static constexpr bool kHalves = kRowGroups == 1;
+  static constexpr int kWaves = kRows / (kRowGroups * kWaveRows);
+  static constexpr int kThreads = 3 * kGroupThreads;
   static constexpr int kSums = kCols / 2;                          // a thread and wave
   static constexpr int kPart = kCols & -kCols;                     // columns that surely share a scale of y
   static constexpr int kBoxX = kRows / (kSharesX ? kCluster : 1);  // rows of a TMA load
   static constexpr int kBoxY = kCols / (kSharesY ? kCluster : 1);
   static constexpr int kStageBytes = (kRows + kCols) * kTileK;
   static constexpr int kSumsBytes = kRows * kCols * kStagedSize<Out>;
+  static constexpr int kHalfBytes = kHalves ? kRows * kCols * 4 : 0;
   static constexpr int kStages = [] {
-    const int room = kSharedBytes - kReserved - kSumsBytes - (kSumsBytes ? 64 : 1024);
+    const int room = kSharedBytes - kReserved - kSumsBytes - kHalfBytes - (kSumsBytes ? 64 : 1024);
     const int stages = room / (kStageBytes + (kScalesX + kScalesY) * 4 + 16);
     return stages < kMaxStages ? stages : kMaxStages;
   }();
-  static_assert(kRows % (kMathGroups * kWaveRows) == 0 && kCols % 8 == 0 && kStages >= 3);
+  static_assert(kRows % (kRowGroups * kWaveRows) == 0 && kCols % 8 == 0 && kStages >= 3);
   static_assert(kScalesX == 1 || kRowScales);
   static_assert(kScalesY == 1 || kScalesY == 2 || kColScales);
 
   struct Smem {
     alignas(1024) uint8_t x[kStages][kRows * kTileK];
     alignas(1024) uint8_t y[kStages][kCols * kTileK];
-    alignas(1024) uint8_t d[kMathGroups][kWaves][kSumsBytes ? kSumsBytes / (kMathGroups * kWaves) : 1];
+    alignas(1024) uint8_t d[kRowGroups][kWaves][kSumsBytes ? kSumsBytes / (kRowGroups * kWaves) : 1];
+    float half[kHalves ? kHalfBytes / 4 : 1];
     alignas(16) float scale_x[kStages][kScalesX];
     alignas(8) float scale_y[kStages][kScalesY];
     alignas(8) uint64_t full[kStages];
@@ -128,7 +132,7 @@ template <class C>
 DEVICE_FN void init_barriers(typename C::Smem& s) {
   for (int i = 0; i < C::kStages; ++i) {
     mbarrier_init(&s.full[i], 1 + 32);
-    mbarrier_init(&s.empty[i], C::kMathGroups * 4 * C::kCluster);
+    mbarrier_init(&s.empty[i], C::kRowGroups * 4 * C::kCluster);
     debug_name(&s.full[i], "full", i), debug_name(&s.empty[i], "empty", i);
   }
   if (!BUG(fence_barrier_init_missing)) fence_barrier_init();
@@ -166,7 +170,7 @@ DEVICE_FN void load_tiles(typename C::Smem& s, const OperandMaps& maps, Work wor
     for (int kb = 0; kb < t.k_blocks; ++kb, r.next()) {
       uint64_t* full = &s.full[r.stage];
       const int k = t.k0 + kb * kTileK;
-      mbarrier_wait_cluster(&s.empty[r.stage], r.phase ^ 1);
+      mbarrier_wait(&s.empty[r.stage], r.phase ^ 1);
       mbarrier_arrive_and_expect_tx(full, C::kStageBytes + (BUG(expect_too_many_bytes) ? 16 : 0));
       load_operand<C::kRows, C::kRows / C::kBoxX>(s.x[r.stage], maps.x, full, k, t.x0, rank);
       load_operand<C::kCols, C::kCols / C::kBoxY>(s.y[r.stage], maps.y, full, k, t.y0, rank);
@@ -210,7 +214,7 @@ DEVICE_FN void load_scales(typename C::Smem& s, Work work) {
     ScaleLane<C::kScalesY> y(t.y_scales);
 #pragma unroll 1
     for (int kb = 0; kb < t.k_blocks; ++kb, r.next()) {
-      if (!BUG(scales_do_not_wait)) mbarrier_wait_cluster(&s.empty[r.stage], r.phase ^ 1);
+      if (!BUG(scales_do_not_wait)) mbarrier_wait(&s.empty[r.stage], r.phase ^ 1);
       x.load(s.scale_x[r.stage]);
       y.load(s.scale_y[r.stage]);
       cp_async_mbarrier_arrive(&s.full[r.stage]);
@@ -269,26 +273,27 @@ DEVICE_FN void add_scaled(const float* scale_y, const float (&scale_x)[2], const
   }
 }
 
-// sum[wave] += the scaled products of one tile, over all of its k.
+// sum[wave] += the scaled products of one tile, over all of its k, or over this warpgroup's half of the blocks.
 template <class C>
 DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group,
                              float (&sum)[C::kWaves][C::kSums]) {
   const int lane = threadIdx.x % 32;
   float product[C::kSums];
   for (int kb = 0; kb < t.k_blocks; ++kb, r.next()) {
+    if (C::kHalves && kb % 2 != group) continue;
     if (!BUG(full_wait_missing)) mbarrier_wait(&s.full[r.stage], r.phase);
     const uint64_t desc_y = desc_k_b128(s.y[r.stage]);
     auto release = [&] {
       if constexpr (C::kCluster == 1) {
         if (lane == 0) mbarrier_arrive(&s.empty[r.stage]);
       } else {
-        if (lane < C::kCluster) mbarrier_arrive_cluster(&s.empty[r.stage], lane);
+        if (lane < C::kCluster) mbarrier_arrive_cluster_after_reads(&s.empty[r.stage], lane);
       }
     };
     if (BUG(stage_released_early)) release();
 #pragma unroll
     for (int wave = 0; wave < C::kWaves; ++wave) {
-      const int first_row = (group * C::kWaves + wave) * kWaveRows;
+      const int first_row = ((C::kHalves ? 0 : group) * C::kWaves + wave) * kWaveRows;
       const uint64_t desc_x =
           desc_k_b128(s.x[r.stage] + first_row * kTileK, BUG(descriptor_stride_halved) ? 512 : 1024);
       StageScales<C> scales(s, r.stage, first_row);
@@ -315,13 +320,30 @@ DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Til
   }
 }
 
+// The first warpgroup's sums of a tile become those of both, always in this order.
+template <class C>
+DEVICE_FN void add_halves(typename C::Smem& s, int group, float (&sum)[C::kSums]) {
+  float* half = &s.half[threadIdx.x % kGroupThreads];
+  if (group == 1) {
+#pragma unroll
+    for (int i = 0; i < C::kSums; ++i) half[i * kGroupThreads] = sum[i];
+  }
+  if (!BUG(half_not_awaited)) named_barrier_sync(3, 2 * kGroupThreads);
+  if (group == 0) {
+#pragma unroll
+    for (int i = 0; i < C::kSums; ++i) sum[i] += half[i * kGroupThreads];
+  }
+  if (!BUG(half_overwritten)) named_barrier_sync(3, 2 * kGroupThreads);
+}
+
 // Every thread of the kernel, after sync_cluster. make_work() gives the CTA's Work, finish(tile, group, sum) is called
 // by each math warpgroup for each tile, spare(thread) by the 64 threads that neither load nor multiply.
 template <class C, class MakeWork, class Finish, class Spare>
 DEVICE_FN void work_in_roles(typename C::Smem& s, const OperandMaps& maps, const MakeWork& make_work,
                              const Finish& finish, const Spare& spare) {
-  const int warp = threadIdx.x / 32, group = warp / 4;
-  if (group == C::kMathGroups) {
+  // From lane 0, so that the compiler knows it to be the same in a whole warp.
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), group = warp / 4;
+  if (group == 2) {
     reg_dec<56>();
     if (warp % 4 == 0) {
       if (elect_one()) load_tiles<C>(s, maps, make_work());
@@ -337,7 +359,8 @@ DEVICE_FN void work_in_roles(typename C::Smem& s, const OperandMaps& maps, const
       const auto t = work.tile();
       float sum[C::kWaves][C::kSums] = {};
       multiply_tile<C>(s, r, t, group, sum);
-      finish(t, group, sum);
+      if constexpr (C::kHalves) add_halves<C>(s, group, sum[0]);
+      if (!C::kHalves || group == 0) finish(t, group, sum);
     }
     if (threadIdx.x % kGroupThreads == 0) tma_store_wait<0>();
   }

@@ -45,6 +45,15 @@ DEVICE_FN void mbarrier_arrive_cluster(uint64_t* bar, uint32_t cta_rank) {
                        "r"(cta_rank) : "memory"),
           model::mbarrier_arrive_cluster(bar, cta_rank));
 }
+// The same by a thread that has only read what the barrier guards. It publishes no writes to the other CTAs, which
+// would cost a fence of all of the GPU's memory at every call; nor does the waiting side need mbarrier_wait_cluster
+// then, which empties L1.
+DEVICE_FN void mbarrier_arrive_cluster_after_reads(uint64_t* bar, uint32_t cta_rank) {
+  SM90_DO(asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\n"
+                       "mbarrier.arrive.shared::cluster.b64 _, [a]; }" ::"r"(smem_u32(bar)),
+                       "r"(cta_rank) : "memory"),
+          model::mbarrier_arrive_cluster(bar, cta_rank));
+}
 DEVICE_FN void mbarrier_arrive_and_expect_tx(uint64_t* bar, uint32_t bytes) {
   SM90_DO(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_u32(bar)),
                        "r"(bytes) : "memory"),

@@ -251,10 +251,11 @@ def _empty(a, b, out_dtype):
 def _matrices(t: torch.Tensor) -> torch.Tensor:
     """`t` [groups, rows, columns], or a copy, as the Hopper kernel addresses it: rows that begin at multiples of 16
     bytes, a whole number of them from one group to the next."""
-    rows_apart = t.stride(1) >= t.shape[2] and t.stride(1) % 16 == 0 == t.data_ptr() % 16
-    groups_apart = t.shape[0] == 1 or (t.stride(0) >= t.shape[1] * t.stride(1) and t.stride(0) % t.stride(1) == 0)
-    fits = t.stride(2) == 1 and rows_apart and groups_apart
-    return t if fits else t.clone(memory_format=torch.contiguous_format)
+    group, row, column = t.stride()
+    rows_apart = column == 1 and row >= max(t.shape[2], 1) and row % 16 == t.data_ptr() % 16 == 0
+    if rows_apart and (t.shape[0] == 1 or (group >= t.shape[1] * row and group % row == 0)):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _group_rows(t: torch.Tensor) -> int:

@@ -8,14 +8,14 @@ from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
 
 SHARED_MEMORY = 232_448
-MAX_STAGES = 16
+MAX_STAGES = 24
 GROUP_ROWS = 64
-"""Rows of a wgmma. Two warpgroups share the rows of a tile that has more."""
+"""Rows of a wgmma. Two warpgroups share the rows of a tile that has more, and the steps of one that has not."""
 
 # Round figures of published micro-benchmarks.
 L2_BYTES_PER_SM = 64e9  # per second
 MEMORY_LATENCY = 1e-6  # seconds from a load to its data, under traffic
-STEP_LATENCY = 5e-8  # seconds that a warpgroup waits for its own wgmma; another one's hides it
+STEP_LATENCY = 5e-8  # seconds that a warpgroup waits for its own wgmma
 PEER_LATENCY = 1e-8  # seconds a step that the CTAs of a cluster wait for each other
 FINISH = 2e-7  # seconds from the last product of a tile to the next tile's first, and
 FINISH_ELEMENT = 5e-12  # for each element of the tile
@@ -48,7 +48,8 @@ class Tile:
 def stages(t: Tile, out_bytes: int, reserved: int = 0) -> int:
     """Of 128 along k, that fit beside the staged result and `reserved` bytes."""
     scales = t.tile_m + (1 if BLOCK % t.tile_n == 0 else 2)
-    room = SHARED_MEMORY - reserved - t.tile_m * t.tile_n * out_bytes - 64
+    halves = t.tile_m * t.tile_n * 4 if t.rows == GROUP_ROWS else 0
+    room = SHARED_MEMORY - reserved - t.tile_m * t.tile_n * out_bytes - halves - 64
     return min(room // ((t.tile_m + t.tile_n) * BLOCK + 4 * scales + 16), MAX_STAGES)
 
 
@@ -96,7 +97,10 @@ def _step(t: Tile, m: int, stages: int, device: DeviceSpec) -> float:
     # a wgmma reads its 64 rows of x and all of y from shared memory, which takes longer than the math of few columns
     math = 2 * t.rows * t.columns * BLOCK / rate * max(1.0, (GROUP_ROWS + t.columns) / (2 * t.columns))
     promotion = t.rows * t.columns / fma
-    math = max(math, promotion) if t.rows > GROUP_ROWS else math + promotion + STEP_LATENCY
+    alone = (
+        math + promotion + STEP_LATENCY
+    )  # of a warpgroup that has a step to itself, while the other has the next one
+    math = max(math, promotion if t.rows > GROUP_ROWS else alone / 2)
     loaded = (min(t.tile_m, m) / t.cluster_n + t.tile_n / t.cluster_m) * BLOCK
     read = max(loaded / L2_BYTES_PER_SM, MEMORY_LATENCY / max(stages - 1, 1))
     return overlap(math, read) + (PEER_LATENCY if t.cluster > 1 else 0)

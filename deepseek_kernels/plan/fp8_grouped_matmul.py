@@ -200,15 +200,19 @@ def cost(c: AnyConfig, p: Problem, device: DeviceSpec) -> float:
     return grouped.cost(_tile(c, p), _unscaled(p), device)
 
 
+def _busy(p: Problem) -> int:
+    """Experts that have rows, if rows are few and spread out."""
+    return max(min(p.num_experts, p.num_rows), 1)
+
+
 def _rows_per_group(p: Problem) -> int:
-    """Of the experts that have rows, on average."""
-    return ceil_div(p.num_rows, max(min(p.num_experts, p.num_rows), 1))
+    return max(ceil_div(p.num_rows, _busy(p)), 1)
 
 
 def _expected_clusters(t: hopper.Tile, p: Problem) -> int:
     """A group of any number of rows fills all of its tiles but the last one, and on average half of that."""
     tiles = max(1.0, _rows_per_group(p) / (t.tile_m * t.cluster_m) + 0.5)
-    return ceil(min(p.num_experts, p.num_rows) * tiles) * ceil_div(p.n, t.tile_n * t.cluster_n)
+    return ceil(_busy(p) * tiles) * ceil_div(p.n, t.tile_n * t.cluster_n)
 
 
 def _cuda_config(p: Problem, device: DeviceSpec, t: hopper.Tile) -> CudaConfig:
