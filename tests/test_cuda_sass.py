@@ -114,6 +114,9 @@ def test_fp8_matmuls_use_the_hopper_units(op):
         for unit in ("QGMMA", "UTMALDG.2D", "UTMASTG.2D", "USETMAXREG", "LDGSTS", "ARRIVES.LDGSTSBAR", "ACQBULK"):
             assert unit in kernel.sass, f"{unit} in {name}"
         assert ("UTMALDG.2D.MULTICAST" in kernel.sass) == (cluster_m + cluster_n != "11"), name
+        # fences of the whole GPU's memory only where a cluster begins and ends, not where it lets a stage go
+        assert kernel.sass.count("MEMBAR.ALL.GPU") == kernel.sass.count("CCTL.IVALL"), name
+        assert kernel.sass.count("MEMBAR.ALL.GPU") == (2 if cluster_m + cluster_n != "11" else 0), name
         assert (("STSM.16.MT88" if swap == "1" else "STSM.16.M88") in kernel.sass) == (out != "f"), name
 
 
