@@ -41,6 +41,9 @@ rule link
 """
 
 
+BF16_FLAGS = ["-mavx512bf16", "-mavx512vbmi"]
+
+
 class BuildNative(build_ext):
     def run(self):
         compiler = toolchain.host_compiler()
@@ -78,7 +81,7 @@ def build(cxx: str, nvcc: Nvcc | None) -> Path:
     with _lock(ROOT / folder / "lock"):
         _stable_names(ROOT / folder, cxx, nvcc)
         output = folder / "_C.so"
-        text = ninja_file(ROOT, folder, output, cxx, nvcc is not None, archs, _has_openmp(cxx))
+        text = ninja_file(ROOT, folder, output, cxx, nvcc is not None, archs, _has_openmp(cxx), _takes(cxx, BF16_FLAGS))
         _write_if_changed(ROOT / folder / "build.ninja", text)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         command = [Path(ninja.BIN_DIR, "ninja"), "-f", folder / "build.ninja", "-j", jobs]
@@ -87,12 +90,19 @@ def build(cxx: str, nvcc: Nvcc | None) -> Path:
     return ROOT / output
 
 
-def ninja_file(root: Path, folder: Path, output: Path, cxx: str, cuda: bool, archs: list[str], openmp: bool) -> str:
-    """The text of build.ninja; all paths are relative to `root`, where ninja runs."""
+def ninja_file(
+    root: Path, folder: Path, output: Path, cxx: str, cuda: bool, archs: list[str], openmp: bool, bf16: bool = True
+) -> str:
+    """The text of build.ninja; all paths are relative to `root`, where ninja runs.
+
+    `bf16`: whether the compiler knows AVX-512's bf16 instructions.
+    """
     links, stamp = folder / "links", folder / "toolchain.txt"
     defines = ["-DDEEPSEEK_KERNELS_CUDA=1"] if cuda else []
     if cuda and "90a" in archs:
         defines.append("-DDEEPSEEK_KERNELS_SM90A=1")
+    if not bf16:
+        defines.append("-DDEEPSEEK_KERNELS_NO_AVX512_BF16=1")
     common = ["-O3", "-std=c++17", "-Icsrc", *defines]
     # Headers included with -isystem stay out of the dependency files: pip unpacks them anew for every build.
     cuda_include = ["-isystem", f"{links}/cuda-include"] if cuda else []
@@ -117,8 +127,8 @@ def ninja_file(root: Path, folder: Path, output: Path, cxx: str, cuda: bool, arc
     for source in sorted(csrc.glob("*/cpu.cpp")):
         for isa, flags in isa_flags(platform.machine()).items():
             compile("cxx", source, f"{source.parent.name}-{isa}", [*host, *flags, f"-DDSK_ISA={isa}"], isa)
-    for source in sorted(csrc.glob("*/cpu_bf16.cpp")) if "avx512" in isa_flags(platform.machine()) else []:
-        flags = [*isa_flags(platform.machine())["avx512"], "-mavx512bf16", "-mavx512vbmi"]
+    for source in sorted(csrc.glob("*/cpu_bf16.cpp")) if bf16 and "avx512" in isa_flags(platform.machine()) else []:
+        flags = [*isa_flags(platform.machine())["avx512"], *BF16_FLAGS]
         compile("cxx", source, f"{source.parent.name}-avx512_bf16", [*host, *flags], "avx512_bf16")
     for source in sorted(csrc.glob("*/launch*.cu")) if cuda else []:
         flags = toolchain.gencode(archs, hopper_only=(source.parent / "kernel_sm90.cuh").exists())
@@ -152,6 +162,12 @@ def _link_flags(cxx: str, cuda: bool, openmp: bool, links: Path) -> list[str]:
     flags = ["-shared", "-cudart", "static", "-ccbin", cxx, f"-L{links}/nvcc-bin/../lib"]
     flags += [part for flag in host for part in ("-Xcompiler", flag)]
     return [*flags, *(part for flag in linker for part in ("-Xlinker", flag))]
+
+
+def _takes(cxx: str, flags: list[str]) -> bool:
+    """Whether the compiler knows `flags`: gcc before 10 lacks -mavx512bf16."""
+    command = [cxx, *flags, "-x", "c++", "-c", "-", "-o", os.devnull]
+    return subprocess.run(command, input="int f();", text=True, capture_output=True).returncode == 0
 
 
 def _has_openmp(cxx: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ from deepseek_kernels.testing.compare import ATTENTION, MATMUL, assert_close, as
 ROOT = Path(__file__).parents[1]
 SETS = ("base", "avx2", "avx512", "avx512_bf16")
 VARIABLE = "DEEPSEEK_KERNELS_CPU_ISA"
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 
 sys.path.insert(0, str(ROOT))
 try:
@@ -57,16 +60,29 @@ def refusal(isa: str) -> str:
     return result.stderr.strip().splitlines()[-1] if result.returncode else ""
 
 
-def need(isa: str) -> None:
-    if refusal(isa):
-        pytest.skip(refusal(isa))
+EMULATED = """
+import importlib.machinery, importlib.util, sys
+loader = importlib.machinery.ExtensionFileLoader("deepseek_kernels._C", {path!r})
+spec = importlib.util.spec_from_loader(loader.name, loader)
+sys.modules[loader.name] = module = importlib.util.module_from_spec(spec)
+loader.exec_module(module)
+assert module.cpu.isa() == {isa!r}
+"""
+
+
+def code_on(isa: str, code: str) -> str:
+    """`code`, to be run with the set forced: by the installed module, or where the processor lacks the set by one
+    whose AVX-512 is emulated."""
+    if not refusal(isa):
+        return code
+    return EMULATED.format(path=str(build("emulated/_C.so")), isa=isa) + code
 
 
 @pytest.mark.parametrize("isa", SETS)
 def test_contract_on(isa):
-    need(isa)
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/test_contract.py"]
-    result = run([*command, "-k", "test_sample and cpu and not gpu"], isa=isa, text=True)
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "tests/test_contract.py", "-k", "test_sample and cpu and not gpu"]
+    code = code_on(isa, f"import pytest, sys\nsys.exit(pytest.main({options}))")
+    result = run([sys.executable, "-c", code], isa=isa, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100
 
@@ -74,7 +90,6 @@ def test_contract_on(isa):
 @pytest.mark.parametrize("isa", SETS)
 def test_nan_and_infinity_on(isa):
     """Where the registers of each set choose between a number and NaN differently, the reference decides."""
-    need(isa)
     code = """
 import torch
 import deepseek_kernels as dk
@@ -88,6 +103,8 @@ x[0, 5], x[1, 200], x[2, 7], x[2, 8] = nan, -inf, inf, nan
 query, cache = torch.randn(2, 1, 3, 576), torch.randn(2, 32, 576)
 query[0, 0, 1], query[1, 0, 2, 3] = nan, -nan
 table, lengths = torch.tensor([[0, 1], [1, 5]]).int(), torch.tensor([40, 64]).int()
+large, huge = torch.zeros(1, 1, 20, 576), torch.zeros(2, 32, 576)
+large[..., 0], huge[1, 1, 0], huge[0, 3, 0], huge[1, 2, 1] = 3e38, 1e3, -1e3, 1.0  # scores inf, -inf and 0
 out, lse = torch.randn(1, 1, 8, 19), odd.view(1, 8, 1)
 cases = [
     lambda: dk.swiglu(pairs),
@@ -98,6 +115,8 @@ cases = [
     lambda: dk.moe_gate(odd.repeat(5, 4), top_k=6, num_groups=4, topk_groups=2),
     lambda: dk.moe_gate(odd.repeat(5, 4), odd.repeat(4), top_k=6, score="softmax"),
     lambda: dk.mla_decode(query, cache, table, lengths, scale=0.05),
+    lambda: dk.mla_decode(large, huge, table[:1], lengths[:1], scale=0.05),
+    lambda: dk.mla_decode(large.bfloat16(), huge.bfloat16(), table[:1], lengths[:1], scale=0.05),
     lambda: dk.merge_states(out, lse, out.flip(3), lse.flip(1)),
 ]
 torch.set_num_threads(3)  # sequences of mla_decode are cut
@@ -111,7 +130,7 @@ for i, case in enumerate(cases):
         tolerance = EXACT if e.dtype == torch.int64 else LSE if i >= 7 else SUM
         assert_close(a, e, tolerance, f"case {i}")
 """
-    python(code, isa=isa)
+    python(code_on(isa, code), isa=isa)
 
 
 def test_an_unknown_set_is_refused():
@@ -129,108 +148,174 @@ def test_stub_names_every_argument():
     assert written == compiled
 
 
-class Driver:
-    """tests/cpu_driver with the flags of the real build but for the optimisation. Rebuilt where something changed."""
-
-    def __init__(self, name: str, compile_flags: str, link_flags: str):
-        ninja = pytest.importorskip("ninja")
-        self.cxx = toolchain.host_compiler()
-        if self.cxx is None or sys.platform != "linux":
-            pytest.skip("needs a C++ compiler on Linux")
-        self.folder = Path("build", "cpu_driver", name)
-        self.program = ROOT / self.folder / "driver"
-        self.kernels: list[Path] = []  # objects that only some processors may run
-        (ROOT / self.folder).mkdir(parents=True, exist_ok=True)
-        with extension._lock(ROOT / self.folder / "lock"):
-            file = self.folder / "build.ninja"
-            extension._write_if_changed(ROOT / file, self._ninja_file(compile_flags, link_flags))
-            jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-            command = [Path(ninja.BIN_DIR, "ninja"), "-f", file, "-j", jobs]
-            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-5000:]
-
-    def _ninja_file(self, compile_flags: str, link_flags: str) -> str:
-        openmp = "-fopenmp" if extension._has_openmp(self.cxx) else ""
-        objects = []
-        lines = [
-            f"builddir = {self.folder}",
-            f"cxx = {shlex.quote(self.cxx)}",
-            "rule cxx\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = $cxx {openmp} {link_flags} $in -o $out",
-        ]
-
-        def compile(source: str, note: str, flags: str) -> None:
-            objects.append(self.folder / f"{source.replace('/', '-')}-{note}.o")
-            flags = re.sub(r"-O3|-isystem \S+", "", flags)
-            lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags} -Icsrc {openmp} {compile_flags}")
-            if note:
-                self.kernels.append(ROOT / objects[-1])
-
-        real = extension.ninja_file(ROOT, Path("build"), Path("unused"), self.cxx, False, [], bool(openmp))
-        flags_of = {}
-        for source, flags, note in re.findall(r"cxx (csrc/\S+/\S*\.cpp) .*\n  flags = (.*)\n  note = ?(.*)", real):
-            compile(source, note, flags)
-            flags_of[note] = flags
-        for source in sorted((ROOT / "tests/cpu_driver").glob("*.cpp")):
-            for note in extension.isa_flags(platform.machine()) if source.name == "convert.cpp" else [""]:
-                compile(source.relative_to(ROOT).as_posix(), note, flags_of[note] if note else "-std=c++20")
-        program = self.folder / "driver"
-        return "\n".join([*lines, f"build {program}: link {' '.join(map(str, objects))}", f"default {program}", ""])
-
-    def convert(self, isa: str, function: str, values: torch.Tensor, dtype: torch.dtype, *scalar: str) -> torch.Tensor:
-        command = [self.program, "convert", function, *scalar]
-        result = run(command, isa=isa, input=values.contiguous().view(torch.uint8).numpy().tobytes())
-        assert result.returncode == 0, result.stdout
-        return torch.frombuffer(bytearray(result.stdout), dtype=dtype)
+FLAVOURS = {  # compile and link flags, and whether AVX-512 is emulated
+    "plain": ("-O1 -fPIC", "-static", False),  # static, to run under another emulator
+    "emulated": ("-O1 -fPIC", "", True),
+    "sanitized": (f"-g1 {SANITIZERS}", SANITIZERS, True),
+}
 
 
-@pytest.fixture(scope="module")
-def driver():
-    """Linked statically, to run under an emulator."""
-    return Driver("plain", "-O1", "-static")
+@functools.cache
+def build(target: str) -> Path:
+    """tests/cpu_driver and, for `emulated/_C.so`, the module, from the real build's list of sources and flags."""
+    ninja = pytest.importorskip("ninja")
+    cxx = toolchain.host_compiler()
+    if cxx is None or sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("needs a C++ compiler on x86-64 Linux")
+    folder = ROOT / "build/cpu_driver"
+    folder.mkdir(parents=True, exist_ok=True)
+    with extension._lock(folder / "lock"):
+        extension._write_if_changed(folder / "build.ninja", driver_ninja_file(cxx))
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        command = [Path(ninja.BIN_DIR, "ninja"), "-f", folder / "build.ninja", "-j", jobs, f"build/cpu_driver/{target}"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:]
+    return folder / target
 
 
-@pytest.fixture(scope="module")
-def sanitized():
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-    return Driver("sanitized", f"-g1 {flags}", flags)
+def driver_ninja_file(cxx: str) -> str:
+    openmp = "-fopenmp" if extension._has_openmp(cxx) else ""
+    lines = [
+        "builddir = build/cpu_driver",
+        f"cxx = {shlex.quote(cxx)}",
+        "rule cxx\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = $cxx {openmp} $in $flags -o $out",
+    ]
+    real = extension.ninja_file(ROOT, Path("build"), Path("unused"), cxx, False, [], bool(openmp))
+    sources = re.findall(r"cxx (csrc/\S*\.cpp) .*\n  flags = (.*)\n  note = ?(.*)", real)
+    flags_of = {note: flags for _, flags, note in sources}
+    for source in sorted((ROOT / "tests/cpu_driver").glob("*.cpp")):
+        for note in extension.isa_flags(platform.machine()) if source.name == "convert.cpp" else ["driver"]:
+            sources.append((source.relative_to(ROOT).as_posix(), flags_of.get(note, "-std=c++20 -Icsrc"), note))
+
+    seen = set()
+    for flavour, (compile_flags, link_flags, emulated) in FLAVOURS.items():
+        objects: dict[str, list[str]] = {"driver": [], "_C.so": []}
+        for source, flags, note in sources:
+            is_binding, is_driver = source.count("/") == 1, source.startswith("tests/")
+            if is_binding and flavour != "emulated":
+                continue
+            if not is_binding:
+                flags = re.sub(r"-isystem \S*(?= |$)", "", flags)
+            flags = flags.replace("-isystem build/links/pybind11", f"-isystem {pybind11.get_include()}")
+            flags = f"{flags.replace('-O3', '')} {compile_flags} {openmp}"
+            if emulated and note.startswith("avx512"):
+                flags = re.sub("-mavx512[a-z0-9]*", "", flags) + " -Wno-psabi -include tests/cpu_driver/avx512.h"
+            if emulated and source.endswith("/isa.cpp"):
+                flags += " '-D__builtin_cpu_supports(feature)=1'"
+            same = f"build/cpu_driver/{hashlib.sha256(flags.encode()).hexdigest()[:12]}"  # flavours share what they can
+            made = f"{same}/{source.replace('/', '-')}-{note}.o"
+            if not is_binding:
+                objects["driver"].append(made)
+            if not is_driver:
+                objects["_C.so"].append(made)
+            if made not in seen:
+                lines.append(f"build {made}: cxx {source}\n  flags = {flags}")
+                seen.add(made)
+        program = f"build/cpu_driver/{flavour}"
+        lines.append(f"build {program}/driver: link {' '.join(objects['driver'])}\n  flags = {link_flags}")
+        if flavour == "emulated":
+            lines.append(f"build {program}/_C.so: link {' '.join(objects['_C.so'])}\n  flags = -shared")
+    return "\n".join([*lines, ""])
+
+
+def convert(isa: str, function: str, values: torch.Tensor, dtype: torch.dtype, *scalar: str) -> torch.Tensor:
+    program = build("emulated/driver" if refusal(isa) else "plain/driver")
+    command = [program, "convert", function, *scalar]
+    result = run(command, isa=isa, input=values.contiguous().view(torch.uint8).numpy().tobytes())
+    assert result.returncode == 0, result.stdout
+    return torch.frombuffer(bytearray(result.stdout), dtype=dtype)
 
 
 @pytest.mark.parametrize("isa", SETS)
-def test_kernels_stay_inside_their_memory(sanitized, isa):
-    """Exact-size buffers, ragged shapes, one and three threads, values against plain loops."""
-    need(isa)
-    result = run([sanitized.program], isa=isa, text=True)
+def test_kernels_stay_inside_their_memory(isa):
+    """Exact-size buffers, ragged shapes, one and three threads, values against plain loops; AVX-512 emulated."""
+    result = run([build("sanitized/driver")], isa=isa, text=True)
     assert (result.returncode, result.stdout) == (0, f"{isa}\n"), result.stdout + result.stderr[-3000:]
 
 
 @pytest.mark.parametrize(("processor", "isa"), [("Nehalem", "base"), ("Haswell", "avx2")])
-def test_kernels_on_older_processors(driver, processor, isa):
+def test_kernels_on_older_processors(processor, isa):
     """No instruction that the processor lacks, and the right choice."""
-    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
-    if emulator is None or platform.machine() != "x86_64":
+    driver, emulator = build("plain/driver"), shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if emulator is None:
         pytest.skip("needs qemu-x86_64-static (Debian: qemu-user-static)")
-    result = run([emulator, "-cpu", processor, driver.program], text=True)
+    result = run([emulator, "-cpu", processor, driver], text=True)
     assert (result.returncode, result.stdout) == (0, f"{isa}\n"), result.stdout + result.stderr
-    result = run([emulator, "-cpu", processor, driver.program], isa="avx512", text=True)
+    result = run([emulator, "-cpu", processor, driver], isa="avx512", text=True)
     assert result.returncode == 1
     assert f"DEEPSEEK_KERNELS_CPU_ISA=avx512 on a processor that has {isa}" in result.stdout
 
 
-def test_kernels_on_this_processor(driver):
-    result = run([driver.program], text=True)
-    assert (result.returncode, result.stdout) == (
-        0,
-        python("from deepseek_kernels import _C; print(_C.cpu.isa())") + "\n",
-    )
+def test_kernels_on_this_processor():
+    """Every set that it has, without emulation."""
+    result = run([build("plain/driver")], text=True)
+    expected = python("from deepseek_kernels import _C; print(_C.cpu.isa())")
+    assert (result.returncode, result.stdout) == (0, f"{expected}\n")
+    for isa in SETS:
+        result = run([build("plain/driver")], isa=isa, text=True)
+        assert (result.returncode, result.stdout) == (0, f"{isa}\n") or refusal(isa), result.stdout
 
 
-def test_no_set_lends_code_to_another(driver):
+def test_no_set_lends_code_to_another():
     """A function the linker may take from any object (a template, an inline one) would bring AVX-512 to everybody."""
-    names = subprocess.run(["nm", "-C", "--defined-only", *driver.kernels], capture_output=True, text=True, check=True)
-    assert len(driver.kernels) > 20
+    build("plain/driver")
+    text = (ROOT / "build/cpu_driver/build.ninja").read_text()
+    objects = re.search(r"build \S*/plain/driver: link (.*)", text)[1].split()
+    kernels = [o for o in objects if re.search(r"-(base|avx2|avx512\w*)\.o$", o)]
+    assert len(kernels) > 20
+    names = subprocess.run(["nm", "-C", "--defined-only", *kernels], cwd=ROOT, capture_output=True, text=True)
     shared = [line for line in names.stdout.splitlines() if re.search(r" [VWu] (?!DW\.ref\.)", line)]
-    assert not shared, shared
+    assert names.returncode == 0 and not shared, shared
+
+
+def sources_of(isa: str) -> list[str]:
+    """What the build compiles for one set, and what stands outside the sets."""
+    text = extension.ninja_file(ROOT, Path("build"), Path("unused"), "c++", False, [], False)
+    found = re.findall(r"cxx (csrc/\S+/\S*\.cpp) .*\n  flags = .*\n  note = ?(.*)", text)
+    return [source for source, note in found if note in ("", isa)]
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_clang(isa):
+    """Also without OpenMP, as on macOS."""
+    if shutil.which("clang++") is None or platform.machine() != "x86_64":
+        pytest.skip("needs clang++ on x86-64")
+    flags = {**extension.isa_flags("x86_64")}
+    flags["avx512_bf16"] = [*flags["avx512"], *extension.BF16_FLAGS]
+    sources = [s for s in sources_of(isa) if isa == "base" or "cpu" in Path(s).name and "common" not in s]
+    command = [
+        "clang++",
+        "-fsyntax-only",
+        "-std=c++17",
+        "-Icsrc",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-warning-option",
+        *flags[isa],
+    ]
+    result = run([*command, f"-DDSK_ISA={isa}", *sources], text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_compiler_without_bf16(tmp_path):
+    """gcc before 10: the build goes on without that set, and the dispatch never names it."""
+    real = toolchain.host_compiler()
+    if real is None or platform.machine() != "x86_64":
+        pytest.skip("needs a C++ compiler on x86-64")
+    old = tmp_path / "old-c++"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1;; esac\nexec {shlex.quote(real)} "$@"\n')
+    old.chmod(0o755)
+    assert extension._takes(real, ["-mavx2"]) and not extension._takes(str(old), extension.BF16_FLAGS)
+    text = extension.ninja_file(ROOT, Path("build"), Path("unused"), str(old), False, [], False, bf16=False)
+    assert "cpu_bf16.cpp" not in text and text.count("-DDEEPSEEK_KERNELS_NO_AVX512_BF16=1") > 20
+    program = tmp_path / "isa.cpp"
+    program.write_text('#include "common/cpu/isa.cpp"\n#include "fp8_matmul/cpu.h"\n'
+                       "void f(const deepseek_kernels::Fp8MatmulCpuParams& p) { fp8_matmul_cpu(p, 1); }\n")  # fmt: skip
+    command = [old, "-std=c++17", "-Icsrc", "-DDEEPSEEK_KERNELS_NO_AVX512_BF16=1", "-S", program, "-o", "-"]
+    result = run(command, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "avx512" in result.stdout and "11avx512_bf16" not in result.stdout
 
 
 def every_rounding() -> torch.Tensor:
@@ -242,34 +327,32 @@ def every_rounding() -> torch.Tensor:
 
 @pytest.mark.parametrize("scalar", [(), ("scalar",)], ids=["register", "scalar"])
 @pytest.mark.parametrize("isa", SETS[:3])
-def test_formats_are_those_of_torch(driver, isa, scalar):
-    need(isa)
+def test_formats_are_those_of_torch(isa, scalar):
     for name, dtype, code in [
         ("e4m3", torch.float8_e4m3fn, torch.uint8),
         ("fp16", torch.float16, torch.int16),
         ("bf16", torch.bfloat16, torch.int16),
     ]:
         codes = torch.arange(2 ** (8 * dtype.itemsize)).to(code).view(dtype)
-        decoded = driver.convert(isa, f"from_{name}", codes.view(code), torch.float32, *scalar)
+        decoded = convert(isa, f"from_{name}", codes.view(code), torch.float32, *scalar)
         assert_same_bits(decoded, codes.float(), f"every {name}")
 
         values = every_rounding()
         expected = (values.clamp(-448, 448) if name == "e4m3" else values).to(dtype)
-        encoded = driver.convert(isa, f"to_{name}", values, code, *scalar).view(dtype)
+        encoded = convert(isa, f"to_{name}", values, code, *scalar).view(dtype)
         assert_same_bits(encoded, expected, f"fp32 to {name}")
 
 
 @pytest.mark.parametrize("isa", SETS[:3])
-def test_exp(driver, isa):
-    need(isa)
+def test_exp(isa):
     x = torch.linspace(-87, 88, 2**20)
     expected = x.double().exp()
     step = torch.exp2(torch.floor(torch.log2(expected)) - 23)
-    e = driver.convert(isa, "exp", x, torch.float32)
+    e = convert(isa, "exp", x, torch.float32)
     assert ((e.double() - expected).abs() / step).max() < 2
     special = torch.tensor([0.0, -0.0, -1e-40, -87.5, float("-inf"), 88.8, float("inf"), float("nan")] * 2)
     expected = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, float("inf"), float("inf"), float("nan")] * 2)
-    assert_same_bits(driver.convert(isa, "exp", special, torch.float32), expected)
+    assert_same_bits(convert(isa, "exp", special, torch.float32), expected)
 
 
 def threaded_cases() -> dict:

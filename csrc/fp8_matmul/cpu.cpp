@@ -12,11 +12,8 @@ void fp8_matmul(const Fp8MatmulCpuParams& p, int threads) {
   const int64_t width = padded(p.k);
   parallel_runs(p.m, 4, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
-      const E4m3Weight row{p.a + i * p.lda, p.scale_a + i * p.scale_a_stride_m, 0, 0, p.scale_a_stride_k};
-      float* out = p.workspace + i * width;
-      int64_t c = 0;
-      for (; c + kLanes <= p.k; c += kLanes) store(out + c, row.load(0, c, row.scale(0, c)));
-      if (c < p.k) store(out + c, row.load_part(0, c, int(p.k - c), row.scale(0, c)));
+      const E4m3Weight a{p.a + i * p.lda, p.scale_a + i * p.scale_a_stride_m, 0, 0, p.scale_a_stride_k};
+      decode_row(a.row(0), p.k, p.workspace + i * width);
     }
   });
   float* scratch = p.workspace + p.m * width;

@@ -10,17 +10,6 @@
 #include "grouped_matmul/cpu_groups.h"
 
 namespace deepseek_kernels::DSK_ISA {
-namespace {
-
-template <class Weight>
-void decode_row(const Weight& weight, int64_t k, float* out) {
-  int64_t c = 0;
-  for (; c + kLanes <= k; c += kLanes) store(out + c, weight.load(0, c, weight.scale(0, c)));
-  if (c < k) store(out + c, weight.load_part(0, c, int(k - c), weight.scale(0, c)));
-}
-
-}  // namespace
-
 void grouped_matmul(const GroupedMatmulCpuParams& p, int threads) {
   const int64_t width = padded(p.k);
   const bool fp8 = p.scale_a != nullptr;
@@ -29,12 +18,12 @@ void grouped_matmul(const GroupedMatmulCpuParams& p, int threads) {
       float* out = p.workspace + i * width;
       if (fp8) {
         const uint8_t* a = static_cast<const uint8_t*>(p.a) + i * p.lda;
-        decode_row(E4m3Weight{a, p.scale_a + i * p.scale_a_stride_m, 0, 0, p.scale_a_stride_k}, p.k, out);
+        decode_row(E4m3Weight{a, p.scale_a + i * p.scale_a_stride_m, 0, 0, p.scale_a_stride_k}.row(0), p.k, out);
         continue;
       }
       with_dtype(p.dtype, [&](auto tag) {
-        using Row = FloatWeight<decltype(tag)::kDtype>;
-        decode_row(Row{static_cast<const char*>(p.a) + i * p.lda * Row::kBytes, 0}, p.k, out);
+        using Rows = FloatWeight<decltype(tag)::kDtype>;
+        decode_row(Rows{static_cast<const char*>(p.a) + i * p.lda * Rows::kBytes, 0}.row(0), p.k, out);
       });
     }
   });

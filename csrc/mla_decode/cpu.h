@@ -23,16 +23,22 @@ struct MlaDecodeCpuParams {
   bool causal, fp8;
 };
 
-constexpr int64_t kMlaTokens = 32;  // cached rows a thread decodes at a time
+constexpr int64_t kMlaTokens = 64;   // cached rows a thread decodes at a time
+constexpr int64_t kMlaColumns = 64;  // columns of them transposed at a time
+constexpr int64_t kMlaMasses = 4;    // sums of rounded weights of a row
 
 inline int64_t mla_align(int64_t columns) { return (columns + 63) / 64 * 64; }
 
-// One thread's part: queries, the running output with its maximum and sum, scores, a tile of rows, two partial results.
+// Floats of a running result: the output, its maximum, sum and masses.
+inline int64_t mla_state(int64_t rows, int64_t d_latent) { return rows * (mla_align(d_latent) + 2 + kMlaMasses); }
+
+// One thread's part: queries, the running result, scores, a tile of rows, two partial results.
+// The bf16 kernel, which copies no queries and holds rows in half the space, needs no more than this.
 inline int64_t mla_decode_workspace(int64_t rows, int64_t d_latent, int64_t d_rope, int threads) {
-  const int64_t width = mla_align(d_latent + d_rope), state = rows * (mla_align(d_latent) + 2);
-  return threads * (rows * width + 3 * state + rows * (kMlaTokens + 1) + (kMlaTokens + 4) * width);
+  const int64_t width = mla_align(d_latent + d_rope), state = mla_state(rows, d_latent);
+  return threads * (rows * width + 3 * state + rows * (kMlaTokens + 1) + kMlaTokens * (width + kMlaColumns));
 }
 
-DSK_CPU_KERNEL(mla_decode, MlaDecodeCpuParams)
+DSK_CPU_KERNEL_BF16(mla_decode, MlaDecodeCpuParams)
 
 }  // namespace deepseek_kernels

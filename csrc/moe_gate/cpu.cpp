@@ -1,10 +1,10 @@
 // weights, indices = the top_k experts of each token by score + bias, within the topk_groups best groups; the weights
 // are the unbiased scores. Ties go to the lower index.
 //
-// One token at a time: scores and biased scores in a row of scratch (L1), the two best of each group, then top_k rounds
-// of a maximum over all registers of the row and a search for its first place: no branch depends on the order of the
-// scores. Scores are fp32 with this library's exp, within 2 steps of torch's: two experts closer than that may change
-// places.
+// One token at a time: scores and biased scores in a row of scratch (L1), and the best of each chunk of experts, which
+// is a group where groups are chosen; then top_k rounds of a maximum over the chunks, a search for its first place in
+// the first chunk that has it, and a new best of that chunk. Scores are fp32 with this library's exp, within 2 steps of
+// torch's: two experts closer than that may change places.
 #include "moe_gate/cpu.h"
 
 #include "common/cpu/parallel.h"
@@ -27,21 +27,18 @@ inline Vec tame(Vec x) {
 // ln(1 + e^x); log is libm's: this score is rare and E is small.
 inline float softplus(float x) { return x > 20.f ? x : std::log1p(std::exp(x)); }
 
+inline Vec sigmoid(Vec x) {
+  const Vec one = splat(1.f);
+  // e^-|x| never overflows; for x < 0 the sigmoid is e^x / (1 + e^x)
+  const Vec e = exp(zero() - abs(x));
+  const Vec s = one / (one + e);
+  return where_less(x, zero(), e * s, s);
+}
+
 void scores_of(Score score, float* x, int64_t n) {
   const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;  // the row has room, and its tail is -inf
   if (score == Score::kSqrtSoftplus) {
     for (int64_t i = 0; i < n; ++i) x[i] = std::sqrt(softplus(x[i]));
-    return;
-  }
-  if (score == Score::kSigmoid) {
-    const Vec one = splat(1.f);
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const Vec v = load(x + i);
-      // e^-|x| never overflows; for x < 0 the sigmoid is e^x / (1 + e^x)
-      const Vec e = exp(zero() - abs(v));
-      const Vec s = one / (one + e);
-      store(x + i, where_less(v, zero(), e * s, s));
-    }
     return;
   }
   Vec peak = splat(minus_infinity());
@@ -61,52 +58,68 @@ void scores_of(Score score, float* x, int64_t n) {
   for (int64_t i = 0; i < whole; i += kLanes) store(x + i, load(x + i) * inverse);
 }
 
-// Takes the largest of x [n] out, the first of several: x becomes -inf there. -1 if all are -inf.
-int64_t take_largest(float* x, int64_t n) {
-  Vec a = splat(minus_infinity()), b = a;
+float largest_of(const float* x, int64_t n) {
+  Vec peak = splat(minus_infinity());
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) a = max(a, load(x + i)), b = max(b, load(x + i + kLanes));
-  float top = largest(max(a, b));
+  for (; i + kLanes <= n; i += kLanes) peak = max(peak, load(x + i));
+  float top = largest(peak);
   for (; i < n; ++i) top = x[i] > top ? x[i] : top;
-  if (top == minus_infinity()) return -1;
-  const Vec most = splat(top);
-  constexpr uint32_t kAll = kLanes == 16 ? 0xFFFF : 0xFF;
-  for (i = 0; i + kLanes <= n; i += kLanes) {
-    const uint32_t found = ~greater(most, load(x + i)) & kAll;
-    if (found == 0) continue;
-    i += __builtin_ctz(found);
-    x[i] = minus_infinity();
-    return i;
-  }
-  for (; x[i] != top; ++i) continue;
-  x[i] = minus_infinity();
-  return i;
+  return top;
 }
 
-// The largest and the second largest of x [n], which differ in place, not always in value.
-void top_two(const float* x, int64_t n, float& first, float& second) {
-  Vec f = splat(minus_infinity()), s = f;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec v = load(x + i);
-    s = max(s, min(f, v));
-    f = max(f, v);
+// The first place of `value`, the largest of the elements that x holds; kMoeGateChunk elements may be read past them.
+int64_t find(const float* x, float value) {
+  const Vec wanted = splat(value);
+  for (int64_t i = 0;; i += 32) {  // the place is not to be foreseen, so no branch hangs on it
+    uint32_t less = 0;
+    for (int l = 0; l < 32; l += kLanes) less |= greater(wanted, load(x + i + l)) << l;
+    if (~less != 0) return i + __builtin_ctz(~less);
   }
-  const auto fold = [&](Vec other_f, Vec other_s) {
-    s = max(min(f, other_f), max(s, other_s));
-    f = max(f, other_f);
-  };
-  if constexpr (kLanes == 16) fold(exchange<8>(f), exchange<8>(s));
-  fold(exchange<4>(f), exchange<4>(s));
-  fold(exchange<2>(f), exchange<2>(s));
-  fold(exchange<1>(f), exchange<1>(s));
-  alignas(64) float lane[kLanes];
-  store(lane, f), first = lane[0];
-  store(lane, s), second = lane[0];
-  for (; i < n; ++i) {
-    second = x[i] > first ? first : x[i] > second ? x[i] : second;
-    first = x[i] > first ? x[i] : first;
+}
+
+// The two largest of each of `groups` runs of x, which differ in place, not always in value; -inf where there are no
+// two. Both outputs have room for a whole last register, and are -inf there.
+void top_two(const float* x, int64_t groups, int64_t per_group, float* first, float* second) {
+  const Vec low = splat(minus_infinity());
+  for (int64_t begin = 0; begin < groups; begin += kLanes) {
+    Vec f[kLanes], s[kLanes];  // of each lane of a group, then, transposed, of each group
+    for (int l = 0; l < kLanes; ++l) {
+      f[l] = s[l] = low;
+      const float* group = x + (begin + l) * per_group;
+      for (int64_t i = 0; begin + l < groups && i < per_group; i += kLanes) {
+        Vec v;
+        if (i + kLanes <= per_group) {
+          v = load(group + i);
+        } else {
+          float part[kLanes];
+          for (int j = 0; j < kLanes; ++j) part[j] = i + j < per_group ? group[i + j] : minus_infinity();
+          v = load(part);
+        }
+        s[l] = max(s[l], min(f[l], v));
+        f[l] = max(f[l], v);
+      }
+    }
+    transpose(f), transpose(s);
+    for (int l = 1; l < kLanes; ++l) {
+      s[0] = max(min(f[0], f[l]), max(s[0], s[l]));
+      f[0] = max(f[0], f[l]);
+    }
+    store(first + begin, f[0]);
+    store(second + begin, s[0]);
   }
+}
+
+// Whether fewer than `most` groups are better than group g, or as good and before it.
+bool among_best(const float* group_score, int groups, int g, int most) {
+  constexpr uint32_t kAll = kLanes == 16 ? 0xFFFF : 0xFF;
+  const Vec mine = splat(group_score[g]);
+  int better = 0;
+  for (int o = 0; o < groups; o += kLanes) {
+    const Vec others = load(group_score + o);
+    const uint32_t above = greater(others, mine), before = g - o >= kLanes ? kAll : g > o ? (1u << (g - o)) - 1 : 0;
+    better += __builtin_popcount(above | (~greater(mine, others) & before));
+  }
+  return better < most;
 }
 
 template <Dtype kDtype>
@@ -118,52 +131,51 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
     return;
   }
   const int64_t experts = p.num_experts, per_group = experts / p.num_groups;
-  float *scores = scratch, *selection = scratch + experts + 16, *group_score = scratch + 2 * (experts + 16);
+  float *scores = scratch, *selection = scores + experts + 32, *best = selection + experts + 32;
+  float* group_score = scratch + moe_gate_workspace(experts, p.num_groups, 1) - p.num_groups - 16;
   const char* row = static_cast<const char*>(p.logits) + t * p.ld_logits * (kDtype == Dtype::kFp32 ? 4 : 2);
   const Vec low = splat(minus_infinity());
-  for (int64_t e = 0; e < experts; e += kLanes) {
-    const int64_t count = experts - e;
-    const char* from = row + e * (kDtype == Dtype::kFp32 ? 4 : 2);
-    const Vec x = tame(count >= kLanes ? load_as<kDtype>(from) : load_part<kDtype>(from, int(count)));
-    store(selection + e, x);
-    store(scores + e, x);
-  }
-  for (int64_t e = experts; e < experts + 16; ++e) scores[e] = minus_infinity();
-  scores_of(p.score, scores, experts);
   for (int64_t e = 0; e < experts; e += kLanes) {  // both rows have room for a whole last register
-    const int64_t count = experts - e;
+    const Vec x = tame(load_some<kDtype>(row + e * (kDtype == Dtype::kFp32 ? 4 : 2), experts - e));
+    store(selection + e, x);
+    store(scores + e, p.score == Score::kSigmoid ? sigmoid(x) : x);
+  }
+  if (p.score != Score::kSigmoid) {
+    for (int64_t e = experts; e < experts + 16; ++e) scores[e] = minus_infinity();
+    scores_of(p.score, scores, experts);
+  }
+  for (int64_t e = 0; e < experts; e += kLanes) {
     Vec biased = load(scores + e);
-    if (p.bias != nullptr) {
-      biased = biased + (count >= kLanes ? load(p.bias + e) : load_part<Dtype::kFp32>(p.bias + e, int(count)));
-    }
+    if (p.bias != nullptr) biased = biased + load_some<Dtype::kFp32>(p.bias + e, experts - e);
     store(selection + e, where_less(low, load(selection + e), tame(biased), low));
   }
 
   const bool grouped = p.topk_groups < p.num_groups;
+  const int64_t chunk = grouped ? per_group : kMoeGateChunk, chunks = (experts + chunk - 1) / chunk;
+  const auto size_of = [&](int64_t c) { return experts - c * chunk < chunk ? experts - c * chunk : chunk; };
   if (grouped) {
+    top_two(selection, chunks, chunk, best, group_score);
+    for (int64_t g = 0; g < chunks; g += kLanes) {
+      const Vec first = load(best + g), second = load(group_score + g);
+      store(group_score + g, p.bias == nullptr ? first : where_less(low, second, first + second, first));
+    }
     for (int g = 0; g < p.num_groups; ++g) {
-      float first, second;
-      top_two(selection + g * per_group, per_group, first, second);
-      group_score[g] = p.bias != nullptr && second > minus_infinity() ? first + second : first;
+      if (!among_best(group_score, p.num_groups, g, p.topk_groups)) best[g] = minus_infinity();
     }
-  }
-  // A group is allowed if fewer than topk_groups groups are better, or as good and before it.
-  const auto allowed = [&](int g) {
-    if (!grouped) return true;
-    int better = 0;
-    for (int o = 0; o < p.num_groups; ++o) {
-      better += group_score[o] > group_score[g] || (group_score[o] == group_score[g] && o < g);
-    }
-    return better < p.topk_groups;
-  };
-  for (int g = 0; grouped && g < p.num_groups; ++g) {
-    if (allowed(g)) continue;
-    for (int64_t e = g * per_group; e < (g + 1) * per_group; ++e) selection[e] = minus_infinity();
+  } else {
+    for (int64_t c = 0; c < chunks; ++c) best[c] = largest_of(selection + c * chunk, size_of(c));
   }
   int count = 0;
-  for (int64_t e; count < p.top_k && (e = take_largest(selection, experts)) >= 0; ++count) indices[count] = e;
+  for (; count < p.top_k; ++count) {
+    const float top = largest_of(best, chunks);
+    if (top == minus_infinity()) break;
+    const int64_t c = find(best, top), e = c * chunk + find(selection + c * chunk, top);
+    indices[count] = e;
+    selection[e] = minus_infinity();
+    best[c] = largest_of(selection + c * chunk, size_of(c));
+  }
   for (int64_t e = 0; e < experts && count < p.top_k; ++e) {  // too few above -inf: the lowest unused ones
-    bool used = !allowed(int(e / per_group));
+    bool used = grouped && !among_best(group_score, p.num_groups, int(e / per_group), p.topk_groups);
     for (int k = 0; k < count; ++k) used |= indices[k] == e;
     if (!used) indices[count++] = e;
   }
@@ -177,7 +189,7 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
 }  // namespace
 
 void moe_gate(const MoeGateCpuParams& p, int threads) {
-  const int64_t row = 2 * (p.num_experts + 16) + p.num_groups;
+  const int64_t row = moe_gate_workspace(p.num_experts, p.num_groups, 1);
   with_dtype(p.dtype, [&](auto tag) {
     parallel_runs(p.num_tokens, 16, threads, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t t = begin; t < end; ++t) gate<decltype(tag)::kDtype>(p, t, p.workspace + thread * row);

@@ -23,8 +23,12 @@ struct MoeGateCpuParams {
   float scale;
 };
 
+constexpr int64_t kMoeGateChunk = 32;  // experts whose best is kept, where there are no groups to choose
+
+// Floats: two rows of experts, the best of each chunk, the score of each group, with slack for whole registers.
 inline int64_t moe_gate_workspace(int64_t num_experts, int64_t num_groups, int threads) {
-  return threads * (2 * (num_experts + 16) + num_groups);
+  const int64_t chunks = num_groups + (num_experts + kMoeGateChunk - 1) / kMoeGateChunk;
+  return threads * (2 * (num_experts + 32) + chunks + 32 + num_groups + 16);
 }
 
 DSK_CPU_KERNEL(moe_gate, MoeGateCpuParams)

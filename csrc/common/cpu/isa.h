@@ -51,4 +51,8 @@ extern bool cpu_forked;
   inline void function##_cpu(const Params& params, int threads) { base::function(params, threads); }
 #endif
 #define DSK_CPU_KERNEL(function, Params) DSK_CPU_DISPATCH(function, Params, avx512)
+#if defined(DEEPSEEK_KERNELS_NO_AVX512_BF16)  // an old compiler
+#define DSK_CPU_KERNEL_BF16(function, Params) DSK_CPU_DISPATCH(function, Params, avx512)
+#else
 #define DSK_CPU_KERNEL_BF16(function, Params) DSK_CPU_DISPATCH(function, Params, avx512_bf16)
+#endif

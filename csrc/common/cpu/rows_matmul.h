@@ -1,10 +1,11 @@
 // out[i, j] = sum over k of a[i, k] * w[j, k] for few rows a and a large weight w that is decoded on its way in.
 //
-// Tiling:   kTileN weight rows at a time, each read once in order; kTileM rows of a per pass; the accumulators are
-//           registers of partial sums along k, added up once at the end, so nothing is transposed or packed.
-//           m <= kTileM: the weight goes from memory through a decode into the multiply-adds.
-//           m >  kTileM: a chunk of kChunk columns is decoded into L1 and used for every tile of a.
-// Rows of a: fp32, scales already applied, zero-padded to a multiple of kLanes columns.
+// Tiling:   the accumulators are registers of partial sums along k, added up once at the end, so nothing is transposed.
+//           m <= kTileM: kTileN weight rows at a time go from memory through a decode into the multiply-adds; a sum
+//           over the columns that share a scale is multiplied by it once.
+//           m >  kTileM: kPanel rows by kChunk columns are decoded into L1 and used for every tile of kTileM rows of a,
+//           whose columns of the chunk stay in L1 for the whole panel.
+// Rows of a: fp32, scales already applied, zero-padded to a multiple of kStep columns.
 // Floor:    bytes of w for small m (the decode hides behind memory), 2*m*n*k flops of fp32 FMA for large m.
 #pragma once
 #include "common/cpu/slice.h"
@@ -17,16 +18,23 @@ namespace {
 #if defined(DSK_AVX512)
 constexpr int kTileM = 6, kTileN = 4;  // 24 accumulators of 32 registers
 #elif defined(DSK_AVX2)
-constexpr int kTileM = 3, kTileN = 3;  // 9 of 16
+constexpr int kTileM = 4, kTileN = 3;  // 12 of 16
 #else
 constexpr int kTileM = 2, kTileN = 2;
 #endif
-constexpr int64_t kChunk = 1024;
+constexpr int kPanel = 4 * kTileN;
+constexpr int64_t kChunk = 256;
 
-inline int64_t padded(int64_t k) { return (k + kLanes - 1) / kLanes * kLanes; }
+inline int64_t padded(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
 
 // Floats of scratch that one thread needs for `m` rows.
-inline int64_t rows_matmul_scratch(int64_t m) { return kTileN * kChunk + (slice_rows(m) + kTileM) * kTileN * kLanes; }
+inline int64_t rows_matmul_scratch(int64_t m) { return kPanel * (kChunk + slice_rows(m) * kLanes); }
+
+template <int kM, int kN>
+inline void clear(Vec (&acc)[kM][kN]) {
+  for (auto& row : acc)
+    for (Vec& v : row) v = zero();
+}
 
 // acc[i][r] += a[i][k] * source(r, k) over [begin, end), all multiples of kLanes.
 template <int kM, int kN, class Source>
@@ -44,84 +52,101 @@ inline void multiply(const float* const* a, const Source& source, int64_t begin,
 // One pass over kN weight rows for kM rows of a, decoding in registers.
 template <int kM, int kN, class Weight, class Store>
 void stream_tile(const float* const* a, const Weight& weight, int64_t j, int64_t k, const Store& store) {
-  Vec acc[kM][kN];
-  for (auto& row : acc)
-    for (Vec& v : row) v = zero();
+  typename Weight::Row rows[kN];
+  for (int r = 0; r < kN; ++r) rows[r] = weight.row(j + r);
+  Vec totals[kM][kN], sums[kM][kN];
+  clear(totals);
+  Vec(&acc)[kM][kN] = Weight::kScaled ? sums : totals;
+  const auto add = [&](int64_t c, int r, const Vec(&w)[2]) {
+    for (int h = 0; h < 2; ++h)
+      for (int i = 0; i < kM; ++i) acc[i][r] = fma(load(a[i] + c + h * kLanes), w[h], acc[i][r]);
+  };
   for (int64_t block = 0; block < k; block += kScaleBlock) {
-    const int64_t end = block + kScaleBlock < k ? block + kScaleBlock : k, whole = end - end % kLanes;
-    Vec scale[kN];
-    for (int r = 0; r < kN; ++r) scale[r] = weight.scale(j + r, block);
-    for (int r = 0; r < kN; ++r) weight.prefetch(j + r, block);
-    multiply<kM, kN>(a, [&](int r, int64_t c) { return weight.load(j + r, c, scale[r]); }, block, whole, acc);
-    if (whole < end) {
-      const int rest = int(end - whole);
-      multiply<kM, kN>(
-          a, [&](int r, int64_t c) { return weight.load_part(j + r, c, rest, scale[r]); }, whole, whole + kLanes, acc);
+    const int64_t end = block + kScaleBlock < k ? block + kScaleBlock : k, whole = end - (end - block) % kStep;
+    for (int r = 0; r < kN; ++r) rows[r].prefetch(block);
+    if (Weight::kScaled) clear(sums);
+    for (int64_t c = block; c < whole; c += kStep) {
+      for (int r = 0; r < kN; ++r) {
+        Vec w[2];
+        rows[r].load(c, w);
+        add(c, r, w);
+      }
+    }
+    for (int r = 0; whole < end && r < kN; ++r) {
+      Vec w[2];
+      rows[r].load_part(whole, end - whole, w);
+      add(whole, r, w);
+    }
+    for (int r = 0; Weight::kScaled && r < kN; ++r) {
+      const Vec unit = splat(rows[r].unit(block / kScaleBlock));
+      for (int i = 0; i < kM; ++i) totals[i][r] = fma(sums[i][r], unit, totals[i][r]);
     }
   }
-  for (int i = 0; i < kM; ++i)
-    for (int r = 0; r < kN; ++r) store(i, j + r, sum(acc[i][r]));
+  for (int r = 0; r < kN; ++r) {
+    const bool nan = rows[r].is_nan(k);
+    for (int i = 0; i < kM; ++i) store(i, j + r, nan ? as_float(0x7FC00000) : sum(totals[i][r]));
+  }
 }
 
 template <int kN, class Weight, class Store>
 void stream_rows(const float* const* a, int m, const Weight& weight, int64_t j, int64_t k, const Store& store) {
-  switch (m) {
-    case 1:
-      return stream_tile<1, kN>(a, weight, j, k, store);
-    case 2:
-      return stream_tile<2, kN>(a, weight, j, k, store);
-#if defined(DSK_AVX512) || defined(DSK_AVX2)
-    case 3:
-      return stream_tile<3, kN>(a, weight, j, k, store);
-#endif
-#if defined(DSK_AVX512)
-    case 4:
-      return stream_tile<4, kN>(a, weight, j, k, store);
-    case 5:
-      return stream_tile<5, kN>(a, weight, j, k, store);
-    case 6:
-      return stream_tile<6, kN>(a, weight, j, k, store);
-#endif
-  }
+  with_count<kTileM>(m, [&](auto tag) { stream_tile<decltype(tag)::kCount, kN>(a, weight, j, k, store); });
 }
 
 // kM rows of a times kN decoded weight rows of `columns` in `tile`; sums continue in `partial`.
 template <int kM, int kN>
-void tile_step(const float* const* a, int64_t offset, const float* tile, int64_t columns, float* partial) {
+inline void tile_step(const float* const* a, const float* tile, int64_t columns, float* partial) {
   Vec acc[kM][kN];
-  const float* rows[kM];
-  for (int i = 0; i < kM; ++i) rows[i] = a[i] + offset;
   for (int i = 0; i < kM; ++i)
     for (int r = 0; r < kN; ++r) acc[i][r] = load(partial + (i * kN + r) * kLanes);
-  multiply<kM, kN>(rows, [&](int r, int64_t c) { return load(tile + r * kChunk + c); }, 0, columns, acc);
+  multiply<kM, kN>(a, [&](int r, int64_t c) { return load(tile + r * kChunk + c); }, 0, columns, acc);
   for (int i = 0; i < kM; ++i)
     for (int r = 0; r < kN; ++r) store(partial + (i * kN + r) * kLanes, acc[i][r]);
 }
 
-template <int kN, class Weight, class Store>
-void chunked_rows(const float* const* a, int m, const Weight& weight, int64_t j, int64_t k, float* scratch,
-                  const Store& store_result) {
+// kM rows of a times the `count` weight rows of a panel; a tile of kTileN keeps [row of a][weight row], the rest of
+// the panel [weight row][row of a].
+template <int kM>
+void panel_step(const float* const* a, int64_t offset, int count, const float* tile, int64_t columns, float* partial) {
+  const float* rows[kM];
+  for (int i = 0; i < kM; ++i) rows[i] = a[i] + offset;
+  int r = 0;
+  for (; r + kTileN <= count; r += kTileN) {
+    tile_step<kM, kTileN>(rows, tile + r * kChunk, columns, partial + r * kM * kLanes);
+  }
+  for (; r < count; ++r) tile_step<kM, 1>(rows, tile + r * kChunk, columns, partial + r * kM * kLanes);
+}
+
+template <class Weight, class Store>
+void panel_rows(const float* const* a, int m, const Weight& weight, int64_t j, int count, int64_t k, float* scratch,
+                const Store& store_result) {
   float* tile = scratch;
-  float* partial = scratch + kTileN * kChunk;
-  std::memset(partial, 0, sizeof(float) * size_t(m) * kN * kLanes);
+  float* partial = scratch + kPanel * kChunk;
+  std::memset(partial, 0, sizeof(float) * size_t(m * count * kLanes));
   for (int64_t begin = 0; begin < k; begin += kChunk) {
     const int64_t end = begin + kChunk < k ? begin + kChunk : k;
-    for (int r = 0; r < kN; ++r) {
-      weight.prefetch(j + r, begin);
-      for (int64_t c = begin; c < end; c += kLanes) {
-        const Vec scale = weight.scale(j + r, c);
-        const Vec w =
-            c + kLanes <= end ? weight.load(j + r, c, scale) : weight.load_part(j + r, c, int(end - c), scale);
-        store(tile + r * kChunk + (c - begin), w);
-      }
+    for (int r = 0; r < count; ++r) {
+      const auto row = weight.row(j + r);
+      for (int64_t c = begin; c < end; c += kScaleBlock) row.prefetch(c);
+      decode_columns(row, begin, end, tile + r * kChunk);
     }
     const int64_t columns = padded(end - begin);
-    int i = 0;
-    for (; i + kTileM <= m; i += kTileM) tile_step<kTileM, kN>(a + i, begin, tile, columns, partial + i * kN * kLanes);
-    for (; i < m; ++i) tile_step<1, kN>(a + i, begin, tile, columns, partial + i * kN * kLanes);
+    for (int i = 0; i < m; i += kTileM) {
+      with_count<kTileM>(m - i < kTileM ? m - i : kTileM, [&](auto tag) {
+        panel_step<decltype(tag)::kCount>(a + i, begin, count, tile, columns, partial + i * count * kLanes);
+      });
+    }
   }
-  for (int i = 0; i < m; ++i)
-    for (int r = 0; r < kN; ++r) store_result(i, j + r, sum(load(partial + (i * kN + r) * kLanes)));
+  for (int r = 0; r < count; ++r) {
+    const bool nan = weight.row(j + r).is_nan(k);
+    const int start = r / kTileN * kTileN, width = start + kTileN <= count ? kTileN : 1;
+    for (int i = 0; i < m; ++i) {
+      const int first = i / kTileM * kTileM, rows = m - first < kTileM ? m - first : kTileM;
+      const int at = width == 1 ? r * rows + i - first : start * rows + (i - first) * kTileN + r - start;
+      const Vec v = load(partial + (first * count + at) * kLanes);
+      store_result(i, j + r, nan ? as_float(0x7FC00000) : sum(v));
+    }
+  }
 }
 
 // Weight rows [begin, end) for m <= kSliceRows rows of a. store(i, j, value) takes the results.
@@ -134,8 +159,9 @@ void rows_matmul(const float* const* a, int m, const Weight& weight, int64_t beg
     for (; j < end; ++j) stream_rows<1>(a, m, weight, j, k, store);
     return;
   }
-  for (; j + kTileN <= end; j += kTileN) chunked_rows<kTileN>(a, m, weight, j, k, scratch, store);
-  for (; j < end; ++j) chunked_rows<1>(a, m, weight, j, k, scratch, store);
+  for (; j < end; j += kPanel) {
+    panel_rows(a, m, weight, j, int(end - j < kPanel ? end - j : kPanel), k, scratch, store);
+  }
 }
 
 }  // namespace

@@ -98,8 +98,15 @@ inline Vec load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
 inline Vec load_fp16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+// 2 * kLanes codes times 2^-8, NaN as a number: sign in bit 15, exponent and mantissa at the top of fp16's, which has
+// the subnormals too.
+inline void load_e4m3_bits(const uint8_t* p, Vec (&out)[2]) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i w = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + i * 16))), 7);
+    out[i] = {_mm512_cvtph_ps(_mm256_and_si256(w, _mm256_set1_epi16(int16_t(0xBF80))))};
+  }
+}
 inline Vec load_e4m3(const uint8_t* p) {
-  // sign in bit 15, exponent and mantissa at the top of fp16's: the value times 2^-8, subnormals exact
   const __m256i w = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
   const __m256i bits = _mm256_and_si256(w, _mm256_set1_epi16(int16_t(0xBF80)));
   const __m512 f = _mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(256.f));
@@ -144,6 +151,29 @@ inline Vec exchange(Vec a) {
   if constexpr (kDistance == 2) return {_mm512_permute_ps(a.v, 0x4E)};
   if constexpr (kDistance == 1) return {_mm512_permute_ps(a.v, 0xB1)};
 }
+// Rows become columns.
+inline void transpose(Vec (&v)[kLanes]) {
+  const auto quarters = [](__m512i a, __m512i b, int half) {
+    return half == 0 ? _mm512_shuffle_i32x4(a, b, 0x88) : _mm512_shuffle_i32x4(a, b, 0xDD);
+  };
+  __m512i x[16];
+  for (int i = 0; i < 16; i += 4) {  // x[i + j]: lane j of each quarter, of 4 rows
+    __m512i r[4];
+    for (int j = 0; j < 4; ++j) r[j] = _mm512_castps_si512(v[i + j].v);
+    const __m512i ab0 = _mm512_unpacklo_epi32(r[0], r[1]), ab1 = _mm512_unpackhi_epi32(r[0], r[1]);
+    const __m512i cd0 = _mm512_unpacklo_epi32(r[2], r[3]), cd1 = _mm512_unpackhi_epi32(r[2], r[3]);
+    x[i] = _mm512_unpacklo_epi64(ab0, cd0), x[i + 1] = _mm512_unpackhi_epi64(ab0, cd0);
+    x[i + 2] = _mm512_unpacklo_epi64(ab1, cd1), x[i + 3] = _mm512_unpackhi_epi64(ab1, cd1);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even0 = quarters(x[j], x[j + 4], 0), even1 = quarters(x[j + 8], x[j + 12], 0);
+    const __m512i odd0 = quarters(x[j], x[j + 4], 1), odd1 = quarters(x[j + 8], x[j + 12], 1);
+    v[j] = {_mm512_castsi512_ps(quarters(even0, even1, 0))};
+    v[j + 8] = {_mm512_castsi512_ps(quarters(even0, even1, 1))};
+    v[j + 4] = {_mm512_castsi512_ps(quarters(odd0, odd1, 0))};
+    v[j + 12] = {_mm512_castsi512_ps(quarters(odd0, odd1, 1))};
+  }
+}
 // 2^n for integral n in [-126, 127]
 inline Vec exp2_integer(Vec n) {
   return {
@@ -162,6 +192,12 @@ inline Vec load_bf16(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
 }
 inline Vec load_fp16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+inline void load_e4m3_bits(const uint8_t* p, Vec (&out)[2]) {
+  const __m256i w = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  const __m256i bits = _mm256_and_si256(w, _mm256_set1_epi16(int16_t(0xBF80)));
+  out[0] = {_mm256_cvtph_ps(_mm256_castsi256_si128(bits))};
+  out[1] = {_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
+}
 inline Vec load_e4m3(const uint8_t* p) {
   const __m128i w = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
   const __m128i bits = _mm_and_si128(w, _mm_set1_epi16(int16_t(0xBF80)));
@@ -211,6 +247,19 @@ inline Vec exchange(Vec a) {
   if constexpr (kDistance == 2) return {_mm256_permute_ps(a.v, 0x4E)};
   if constexpr (kDistance == 1) return {_mm256_permute_ps(a.v, 0xB1)};
 }
+inline void transpose(Vec (&v)[kLanes]) {
+  __m256 x[8];
+  for (int i = 0; i < 8; i += 4) {  // x[i + j]: lane j of each half, of 4 rows
+    const __m256 ab0 = _mm256_unpacklo_ps(v[i].v, v[i + 1].v), ab1 = _mm256_unpackhi_ps(v[i].v, v[i + 1].v);
+    const __m256 cd0 = _mm256_unpacklo_ps(v[i + 2].v, v[i + 3].v), cd1 = _mm256_unpackhi_ps(v[i + 2].v, v[i + 3].v);
+    x[i] = _mm256_shuffle_ps(ab0, cd0, 0x44), x[i + 1] = _mm256_shuffle_ps(ab0, cd0, 0xEE);
+    x[i + 2] = _mm256_shuffle_ps(ab1, cd1, 0x44), x[i + 3] = _mm256_shuffle_ps(ab1, cd1, 0xEE);
+  }
+  for (int j = 0; j < 4; ++j) {
+    v[j] = {_mm256_permute2f128_ps(x[j], x[j + 4], 0x20)};
+    v[j + 4] = {_mm256_permute2f128_ps(x[j], x[j + 4], 0x31)};
+  }
+}
 inline Vec exp2_integer(Vec n) {
   return {
       _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
@@ -246,6 +295,9 @@ inline Vec load_fp16(const uint16_t* p) {
 inline Vec load_e4m3(const uint8_t* p) {
   Vec r;
   DSK_EACH(from_e4m3(p[i]));
+}
+inline void load_e4m3_bits(const uint8_t* p, Vec (&out)[2]) {
+  for (int i = 0; i < 2 * kLanes; ++i) out[i / kLanes].v[i % kLanes] = from_e4m3(p[i]) * 0.00390625f;
 }
 inline void store_bf16(uint16_t* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(a.v[i]);
@@ -318,12 +370,36 @@ inline Vec exchange(Vec a) {
   Vec r;
   DSK_EACH(a.v[i ^ kDistance]);
 }
+inline void transpose(Vec (&v)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float f = v[i].v[j];
+      v[i].v[j] = v[j].v[i], v[j].v[i] = f;
+    }
+  }
+}
 inline Vec exp2_integer(Vec n) {
   Vec r;
   DSK_EACH(as_float(uint32_t(int32_t(n.v[i]) + 127) << 23));
 }
 #undef DSK_EACH
 #endif
+
+// Whether any of `count` e4m3 codes is NaN.
+inline bool any_nan_e4m3(const uint8_t* p, int64_t count) {
+  int64_t i = 0;
+  uint8_t most = 0;
+#if defined(DSK_AVX512) || defined(DSK_AVX2)
+  const __m256i magnitude = _mm256_set1_epi8(0x7F);
+  __m256i peak = _mm256_setzero_si256();
+  for (; i + 32 <= count; i += 32) {
+    peak = _mm256_max_epu8(peak, _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(p + i)), magnitude));
+  }
+  if (_mm256_movemask_epi8(_mm256_cmpeq_epi8(peak, magnitude)) != 0) return true;
+#endif
+  for (; i < count; ++i) most = (p[i] & 0x7F) > most ? p[i] & 0x7F : most;
+  return most == 0x7F;
+}
 
 // e^x within 2 steps of fp32; 0 below -87, infinity above 88.3, NaN stays NaN.
 inline Vec exp(Vec x) {
@@ -409,6 +485,18 @@ inline void with_dtype(Dtype dtype, const Body& body) {
     case Dtype::kBf16:
       return body(DtypeTag<Dtype::kBf16>{});
   }
+}
+// body(tag) with a tag whose static `kCount` is m, 1 <= m <= kMost.
+template <int kValue>
+struct CountTag {
+  static constexpr int kCount = kValue;
+};
+template <int kMost, class Body>
+inline void with_count(int m, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (m < kMost) return with_count<kMost - 1>(m, body);
+  }
+  body(CountTag<kMost>{});
 }
 
 }  // namespace
