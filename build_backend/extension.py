@@ -106,7 +106,8 @@ def ninja_file(
     common = ["-O3", "-std=c++17", "-Icsrc", *defines]
     # Headers included with -isystem stay out of the dependency files: pip unpacks them anew for every build.
     cuda_include = ["-isystem", f"{links}/cuda-include"] if cuda else []
-    host = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", "-isystem", f"{links}/pybind11"]
+    # gcc makes registers of a loop with a choice between floating-point results only where none of them may trap.
+    host = [*common, "-fno-trapping-math", "-fPIC", "-fvisibility=hidden", "-Wall", "-isystem", f"{links}/pybind11"]
     host += ["-isystem", sysconfig.get_paths()["include"], *cuda_include, *(["-fopenmp"] if openmp else [])]
     device = [*common, "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
     device += ["-ccbin", cxx, *cuda_include]

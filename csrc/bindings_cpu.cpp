@@ -56,11 +56,43 @@ void bind_fp8_quantize(py::module_& m) {
       kw_only(), "x"_a, "q"_a, "scale"_a, "m"_a, "k"_a, "dtype"_a, "block_m"_a, "block_k"_a, "ldx"_a, "ldq"_a,
       "scale_stride_m"_a, "scale_stride_k"_a, "pow2_scale"_a, "threads"_a, release_gil());
   m.def(
+      "fp8_quantize_both",
+      [](address x, address expert_offsets, address q, address scale, address q_t, address scale_t, int64_t m,
+         int64_t k, int64_t width, int64_t row_tiles, int num_experts, int dtype, int64_t ldx, int64_t ldq,
+         int64_t ldq_t, int64_t scale_stride_m, int64_t scale_stride_k, int64_t scale_t_stride_k,
+         int64_t scale_t_stride_w, bool pow2_scale, int threads) {
+        fp8_quantize_both_cpu({at<void>(x),
+                               at<int32_t>(expert_offsets),
+                               at<void>(q),
+                               at<float>(scale),
+                               at<void>(q_t),
+                               at<float>(scale_t),
+                               m,
+                               k,
+                               width,
+                               row_tiles,
+                               num_experts,
+                               Dtype(dtype),
+                               ldx,
+                               ldq,
+                               ldq_t,
+                               scale_stride_m,
+                               scale_stride_k,
+                               scale_t_stride_k,
+                               scale_t_stride_w,
+                               pow2_scale,
+                               nullptr},
+                              threads);
+      },
+      kw_only(), "x"_a, "expert_offsets"_a, "q"_a, "scale"_a, "q_t"_a, "scale_t"_a, "m"_a, "k"_a, "width"_a,
+      "row_tiles"_a, "num_experts"_a, "dtype"_a, "ldx"_a, "ldq"_a, "ldq_t"_a, "scale_stride_m"_a, "scale_stride_k"_a,
+      "scale_t_stride_k"_a, "scale_t_stride_w"_a, "pow2_scale"_a, "threads"_a, release_gil());
+  m.def(
       "fp8_dequantize",
       [](address q, address scale, address out, int64_t m, int64_t k, int64_t ldq, int64_t ld_out,
          int64_t scale_stride_m, int64_t scale_stride_k, int block_m, int block_k, int dtype, int threads) {
-        fp8_dequantize_cpu({at<uint8_t>(q), at<float>(scale), at<void>(out), m, k, ldq, ld_out, scale_stride_m,
-                            scale_stride_k, block_m, block_k, Dtype(dtype)},
+        fp8_dequantize_cpu({at<void>(q), at<float>(scale), at<void>(out), m, k, ldq, ld_out, scale_stride_m,
+                            scale_stride_k, block_m, block_k, Dtype(dtype), nullptr},
                            threads);
       },
       kw_only(), "q"_a, "scale"_a, "out"_a, "m"_a, "k"_a, "ldq"_a, "ld_out"_a, "scale_stride_m"_a, "scale_stride_k"_a,
@@ -322,9 +354,9 @@ void bind_cpu(py::module_& module) {
   bind_moe_permute(m);
   bind_moe_sort(m);
   bind_swiglu(m);
-  m.attr("ops") = py::make_tuple("fp8_dequantize", "fp8_matmul", "fp8_quantize", "grouped_matmul", "merge_states",
-                                 "mla_cache_write", "mla_decode", "mla_rope", "moe_gate", "moe_permute", "moe_sort",
-                                 "moe_unpermute", "swiglu");
+  m.attr("ops") = py::make_tuple("fp8_dequantize", "fp8_matmul", "fp8_quantize", "fp8_quantize_both", "grouped_matmul",
+                                 "merge_states", "mla_cache_write", "mla_decode", "mla_rope", "moe_gate", "moe_permute",
+                                 "moe_sort", "moe_unpermute", "swiglu");
 }
 
 }  // namespace deepseek_kernels

@@ -49,6 +49,56 @@ def fp8_quantize(
     Any m, k >= 0 and any alignment; 16-byte aligned rows of x and q are the fast path.
     """
 
+def fp8_quantize_both(
+    *,
+    x: int,
+    expert_offsets: int,
+    q: int,
+    scale: int,
+    q_t: int,
+    scale_t: int,
+    m: int,
+    k: int,
+    width: int,
+    row_tiles: int,
+    num_experts: int,
+    dtype: int,
+    ldx: int,
+    ldq: int,
+    ldq_t: int,
+    scale_stride_m: int,
+    scale_stride_k: int,
+    scale_t_stride_k: int,
+    scale_t_stride_w: int,
+    pow2_scale: bool,
+    stream: int,
+) -> None:
+    """q, scale as `fp8_quantize` in 1x128; q_t [k, width], scale_t [k, width/128] as in 128x1, transposed.
+
+    Column t of q_t is row t of x where expert_offsets is 0. Otherwise it is int32 [num_experts + 1], clamped to [0, m]
+    and raised where it decreases, and the rows of expert e are the columns from 128 * sum(ceil(rows_i/128) for i < e).
+    Columns of no row are quantised zeros. `width` is a multiple of 128 with room for them, rows of q_t are multiples of
+    16 bytes apart, `row_tiles` is how many blocks of at most 128 rows there can be, those of no expert included.
+    """
+
+def fp8_dequantize(
+    *,
+    q: int,
+    scale: int,
+    out: int,
+    m: int,
+    k: int,
+    ldq: int,
+    ld_out: int,
+    scale_stride_m: int,
+    scale_stride_k: int,
+    block_m: int,
+    block_k: int,
+    dtype: int,
+    stream: int,
+) -> None:
+    """out [m, k] of `dtype` = q * scale of its block, in fp32, rounded once; blocks and scale as for `fp8_quantize`."""
+
 def moe_permute(
     *,
     x: int,
@@ -338,6 +388,33 @@ class cpu:
         threads: int,
     ) -> None:
         """As `fp8_quantize` above, bit for bit."""
+
+    @staticmethod
+    def fp8_quantize_both(
+        *,
+        x: int,
+        expert_offsets: int,
+        q: int,
+        scale: int,
+        q_t: int,
+        scale_t: int,
+        m: int,
+        k: int,
+        width: int,
+        row_tiles: int,
+        num_experts: int,
+        dtype: int,
+        ldx: int,
+        ldq: int,
+        ldq_t: int,
+        scale_stride_m: int,
+        scale_stride_k: int,
+        scale_t_stride_k: int,
+        scale_t_stride_w: int,
+        pow2_scale: bool,
+        threads: int,
+    ) -> None:
+        """As `fp8_quantize_both` above, bit for bit."""
 
     @staticmethod
     def grouped_matmul_workspace(*, num_tokens: int, num_rows: int, k: int, num_experts: int, threads: int) -> int:

@@ -1,4 +1,6 @@
-"""`fp8_quantize` and `fp8_dequantize`: what the contract cannot know."""
+"""`fp8_quantize`, `fp8_quantize_both` and `fp8_dequantize`: what the contract cannot know."""
+
+import itertools
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 
 import deepseek_kernels as dk
 from deepseek_kernels.device import GPUS, H200
+from deepseek_kernels.ops import _extension
 from deepseek_kernels.plan import fp8_quantize as plan
-from deepseek_kernels.shapes import GRANULARITIES
-from deepseek_kernels.testing.compare import assert_same_bits
+from deepseek_kernels.shapes import GRANULARITIES, align_up, padded_columns
+from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits
 from deepseek_kernels.triton_kernels.common import e4m3_decode, e4m3_encode
 
 BACKENDS = ("reference", "triton")
@@ -168,6 +171,94 @@ def test_mn_major_strides():
     assert scale.shape == (6, 3) and scale.stride() == (1, 8)
 
 
+def quantize_both(backend, x, *args, **options):
+    with dk.use_backend(backend):
+        return dk.fp8_quantize_both(x, *args, **options)
+
+
+BOTH_BACKENDS = ("reference", "triton", *(("cpu",) if "fp8_quantize_both" in _extension.environment().cpu_ops else ()))
+
+
+@pytest.mark.parametrize("backend", BOTH_BACKENDS)
+@pytest.mark.parametrize("layout", ["row", "mn_major"])
+@pytest.mark.parametrize("m", [1, 128, 129])
+def test_both_are_the_two_quantisations(backend, layout, m):
+    x = torch.randn(m, 144).bfloat16()
+    q, scale, q_t, scale_t = quantize_both(backend, x, scale_layout=layout)
+    rows, columns = quantize("reference", x), quantize("reference", x, "128x1")
+    assert_same_bits(q, rows[0])
+    assert_same_bits(scale, rows[1])
+    assert_same_bits(q_t[:, :m].contiguous(), columns[0].t().contiguous())
+    assert_same_bits(scale_t, columns[1].t())
+    assert q_t.shape == (144, align_up(m, 128)) and not q_t[:, m:].float().any()
+    if layout == "mn_major":
+        assert scale.stride(0) == scale_t.stride(0) == 1 and scale_t.shape[0] == 144
+
+
+@pytest.mark.parametrize("backend", BOTH_BACKENDS)
+def test_both_of_experts_is_both_of_each(backend):
+    """Empty experts, one of most rows, one of one row; no block of an expert knows of another."""
+    x = torch.randn(200, 48) * torch.logspace(-3, 3, 200)[:, None]
+    offsets = [0, 0, 150, 151, 151, 190]
+    q, scale, q_t, scale_t = quantize_both(backend, x, torch.tensor(offsets, dtype=torch.int32))
+    assert q_t.shape == (48, padded_columns(200, 5)) and q_t.shape[1] % 128 == 0
+    assert_same_bits(q, quantize("reference", x)[0])
+    column = 0
+    for begin, end in itertools.pairwise(offsets):
+        _, _, expected, expected_scale = quantize_both("reference", x[begin:end])
+        width = expected.shape[1]
+        assert_same_bits(q_t[:, column : column + width].contiguous(), expected)
+        assert_same_bits(scale_t[:, column // 128 : (column + width) // 128].contiguous(), expected_scale)
+        column += width
+    assert column < q_t.shape[1] and not q_t[:, column:].float().any()
+
+
+@pytest.mark.parametrize("backend", BOTH_BACKENDS)
+def test_weight_gradient_straight_from_both(backend):
+    """For any number of tokens fp8_matmul takes the outputs as they are."""
+    for m in (1, 77, 130):
+        grad, x = torch.randn(m, 24), torch.randn(m, 40)
+        _, _, grad_t, scale_grad_t = quantize_both(backend, grad)
+        _, _, x_t, scale_x_t = quantize_both(backend, x, scale_layout="mn_major")
+        got = dk.fp8_matmul(grad_t, scale_grad_t, x_t, scale_x_t, out_dtype=torch.float32)
+        assert_close(got, dequantized_columns(grad, m).t() @ dequantized_columns(x, m), MATMUL)
+
+
+def dequantized_columns(x, m):
+    q, scale = quantize("reference", x, "128x1")
+    return q.double() * scale.double().repeat_interleave(128, 0)[:m]
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    m=st.integers(0, 150),
+    k=st.integers(0, 20),
+    offsets=st.lists(st.one_of(st.integers(0, 150), st.integers(-(2**31), 2**31 - 1)), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31),
+)
+def test_any_offsets_give_the_bits_of_the_reference(m, k, offsets, seed):
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).half()
+    offsets = torch.tensor(offsets, dtype=torch.int32)
+    expected = quantize_both("reference", x, offsets)
+    for backend in BOTH_BACKENDS[1:]:
+        for got, want in zip(quantize_both(backend, x, offsets), expected, strict=True):
+            assert_same_bits(got, want)
+
+
+def test_a_block_of_the_largest_number_of_columns():
+    """As many blocks as there may be: each of E experts one row past a whole block; and the rows of no expert too."""
+    m, experts = 3 * 129 + 2, 3
+    p = plan.Problem("both", m, 16, "1x128", 2, experts)
+    blocks = 3 * 2  # of the experts, with 130 tokens one of them
+    assert p.width == 128 * blocks and p.row_tiles * 128 >= p.width
+    assert plan.Problem("both", m, 16, "1x128", 2).width == align_up(m, 128)
+
+
+def test_bytes_of_both():
+    p = plan.Problem("both", 4096, 7168, "1x128", 2)
+    assert plan.bytes(p) == 4096 * 7168 * 4 + 2 * 4 * 4096 * 56 and plan.flops(p) == 2 * 4096 * 7168
+
+
 def test_bytes_of_the_published_case():
     p = plan.Problem("quantize", 4096, 7168, "1x128", 2)
     assert plan.bytes(p) == 4096 * 7168 * 3 + 4 * 4096 * 56
@@ -208,10 +299,23 @@ def test_device_conversion_gives_the_same_bits(backend, granularity):
 
 
 @pytest.mark.gpu
-def test_device_rounds_to_nearest():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_both_on_a_device_gives_the_same_bits(backend):
+    """Every bf16 bit pattern; experts that end inside a tile, and rows of none."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).view(512, 128)
+    for offsets in (None, torch.tensor([3, 3, 140, 141, 500], dtype=torch.int32)):
+        expected = quantize_both("reference", x, offsets)
+        got = quantize_both(backend, x.cuda(), None if offsets is None else offsets.cuda())
+        for a, e in zip(got, expected, strict=True):
+            assert_same_bits(a.cpu(), e)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_device_rounds_to_nearest(backend):
     q = ALL_CODES.view(2, 128).view(FP8)
     scale = torch.rand(2, 1)
     with dk.use_backend("reference"):
         expected = dk.fp8_dequantize(q, scale, out_dtype=torch.bfloat16)
-    with dk.use_backend("triton"):
+    with dk.use_backend(backend):
         assert_same_bits(dk.fp8_dequantize(q.cuda(), scale.cuda(), out_dtype=torch.bfloat16).cpu(), expected)

@@ -52,6 +52,8 @@ struct alignas(16) Pack {
   }
 
   DEVICE_FN T operator[](int i) const { return elements()[i]; }
+  DEVICE_FN uint32_t word(int i) const { return reinterpret_cast<const uint32_t*>(words)[i]; }
+  DEVICE_FN void set_word(int i, uint32_t word) { reinterpret_cast<uint32_t*>(words)[i] = word; }
 
  private:
   DEVICE_FN T* elements() { return reinterpret_cast<T*>(words); }

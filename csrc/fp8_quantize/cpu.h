@@ -4,17 +4,8 @@
 
 namespace deepseek_kernels {
 
-struct Fp8DequantizeCpuParams {
-  const uint8_t* q;    // [m, k] e4m3
-  const float* scale;  // [ceil(m / block_m), ceil(k / block_k)]
-  void* out;           // [m, k] of dtype
-  int64_t m, k, ldq, ld_out;
-  int64_t scale_stride_m, scale_stride_k;
-  int block_m, block_k;
-  Dtype dtype;
-};
-
 DSK_CPU_KERNEL(fp8_quantize, Fp8QuantizeParams)
-DSK_CPU_KERNEL(fp8_dequantize, Fp8DequantizeCpuParams)
+DSK_CPU_KERNEL(fp8_quantize_both, Fp8QuantizeBothParams)
+DSK_CPU_KERNEL(fp8_dequantize, Fp8DequantizeParams)
 
 }  // namespace deepseek_kernels

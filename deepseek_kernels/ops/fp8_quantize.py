@@ -68,7 +68,8 @@ def fp8_quantize_both(
         q e4m3 [m, k] and scale fp32 [m, ceil(k/128)], as `fp8_quantize(x)` gives them, rows of no expert included.
         q_t e4m3 [k, w], contiguous, and scale_t fp32 [k, w/128]. Without experts w is m rounded up to a multiple of 128
         and column t is token t. With them, w is `padded_columns(m, E)`, and the tokens of expert e are the columns from
-        `128 * sum(ceil(rows_i / 128) for i < e)`. Columns of no token are 0.
+        `128 * sum(ceil(rows_i / 128) for i < e)`. Columns of no token are zeros quantised with their block: 0, or NaN
+        beside a NaN.
 
     Raises:
         ValueError, TypeError: naming the argument. NotImplementedError: on backward.

@@ -60,7 +60,8 @@ void quantize(Random& random, Format format, int block_m, int block_k, int64_t m
                       .scale_stride_k = 1,
                       .block_m = block_m,
                       .block_k = block_k,
-                      .dtype = dtype(format)},
+                      .dtype = dtype(format),
+                      .stream = nullptr},
                      threads);
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t c = 0; c < k; ++c) {
@@ -68,6 +69,54 @@ void quantize(Random& random, Format format, int block_m, int block_k, int64_t m
                    1e-7);
     }
   }
+}
+
+// `offsets`: of experts, in order; none without experts. Every row has an expert.
+void quantize_both(Random& random, Format format, int64_t m, int64_t k, std::vector<int32_t> offsets, int threads) {
+  std::vector<int64_t> token;  // of each column of q_t, -1 for none
+  const std::vector<int32_t> ends = offsets.empty() ? std::vector<int32_t>{0, int32_t(m)} : offsets;
+  for (size_t e = 1; e < ends.size(); ++e) {
+    for (int64_t t = ends[e - 1]; t < ends[e]; ++t) token.push_back(t);
+    while (token.size() % 128 != 0) token.push_back(-1);
+  }
+  token.resize(token.size() + 128, -1);
+  const int64_t width = int64_t(token.size());
+  Matrix x = Matrix(format, m, k, 3).fill(random), q(Format::kE4m3, m, k, 1), q_t(Format::kE4m3, k, width, 5);
+  Matrix scale(Format::kFp32, m, (k + 127) / 128), scale_t(Format::kFp32, k, width / 128);
+  fp8_quantize_both_cpu({.x = x.data(),
+                         .expert_offsets = offsets.empty() ? nullptr : offsets.data(),
+                         .q = q.data(),
+                         .scale = scale.floats(),
+                         .q_t = q_t.data(),
+                         .scale_t = scale_t.floats(),
+                         .m = m,
+                         .k = k,
+                         .width = width,
+                         .row_tiles = width / 128,
+                         .num_experts = offsets.empty() ? 0 : int(offsets.size()) - 1,
+                         .dtype = dtype(format),
+                         .ldx = x.ld,
+                         .ldq = q.ld,
+                         .ldq_t = q_t.ld,
+                         .scale_stride_m = scale.ld,
+                         .scale_stride_k = 1,
+                         .scale_t_stride_k = scale_t.ld,
+                         .scale_t_stride_w = 1,
+                         .pow2_scale = false,
+                         .stream = nullptr},
+                        threads);
+  for (int64_t c = 0; c < k; ++c) {
+    for (int64_t t = 0; t < width; ++t) {
+      double amax = 0;
+      for (int64_t o = t / 128 * 128; o < t / 128 * 128 + 128; ++o)
+        if (token[o] >= 0) amax = std::max(amax, std::fabs(x(token[o], c)));
+      expect_close("fp8_quantize_both scale_t", c, t, scale_t(c, t / 128), scale_of(amax, false), 0, 0);
+      expect_quantized("fp8_quantize_both q_t", c, t, q_t(c, t), token[t] < 0 ? 0 : x(token[t], c),
+                       scale_t(c, t / 128));
+    }
+  }
+  for (int64_t r = 0; r < m; ++r)
+    for (int64_t c = 0; c < k; ++c) expect_quantized("fp8_quantize_both q", r, c, q(r, c), x(r, c), scale(r, c / 128));
 }
 
 void activate(Random& random, Format format, int64_t rows, int64_t columns, bool quantized, bool mapped, int threads) {
@@ -123,6 +172,8 @@ void test_fp8(Random& random) {
         quantize(random, format, 1, 128, 5, k, false, threads);
         quantize(random, format, 128, 128, 130, k, true, threads);
         quantize(random, format, 128, 1, 130, k, k == 17, threads);
+        quantize_both(random, format, 130, k, {}, threads);
+        quantize_both(random, format, 140, k, {0, 3, 3, 135, 140}, threads);
       }
       for (int64_t columns : {1, 31, 161}) {
         activate(random, format, 5, columns, false, true, threads);
