@@ -170,7 +170,7 @@ FLOATS = torch.arange(2 * 32 * 32).view(2, 32, 32).float()
 
 def run_hazard(model, name):
     guarded = harness.Guarded(model)
-    before = FLOATS if name == "loads" else torch.zeros(2, 32, 32)
+    before = FLOATS if name in ("loads", "copies") else torch.zeros(2, 32, 32)
     out = guarded.copy("out", before)
     tickets = guarded.copy("tickets", torch.zeros(1, dtype=torch.int32))
     model.hazard(name, out=out.data_ptr(), tickets=tickets.data_ptr())
@@ -188,6 +188,10 @@ def run_hazard(model, name):
         row, column = torch.arange(16.0).view(16, 1), torch.arange(64.0).view(1, 64)
         want = row * 4 + (column - 1) * (column % 2)
         assert torch.equal(out.flatten()[:512].view(torch.bfloat16).view(16, 64).float(), want)
+    elif name == "product":
+        assert (first == 512).all()
+    elif name == "copies":
+        assert torch.equal(first, FLOATS[1].flatten()[:128].roll(-1))
     elif name == "dependent":
         assert (first == 1).all()
     else:
@@ -206,7 +210,7 @@ HAZARDS = {
     },
     "loads": {
         "load_not_waited_for": "race: |which a TMA load in flight is writing",
-        "loaded_over_readers": "more arrivals in one phase|race: TMA load|which a TMA load in flight is writing",
+        "loaded_over_readers": "more arrivals|race: TMA load|which a TMA load in flight is writing|deadlock",
         "map_of_other_rank": "TMA load of 2 dimensions through a tensor map of 3",
         "zeroed_before_load": r"TMA load meets box\[0\], which thread \d+ wrote and has not fenced",
     },
@@ -219,6 +223,16 @@ HAZARDS = {
         "rows_of_lanes_swapped": "race: stmatrix",
         "stmatrix_not_fenced": r"which thread \d+ wrote and has not fenced",
         "stmatrix_not_swizzled": None,
+    },
+    "product": {
+        "operands_not_fenced": r"wgmma operand A meets .*, which thread \d+ wrote and has not fenced",
+        "operands_not_waited_for": r"wgmma operand [AB] meets .*, which thread \d+ wrote and has not fenced|early over",
+        "operand_overwritten": "early overwrite: plain store into .* while a wgmma of warpgroup 0 that reads it as A",
+        "products_not_committed": "thread exits with wgmma not waited for",
+    },
+    "copies": {
+        "copies_not_arrived_for": "thread exits with cp.async that it has not arrived for",
+        "copies_not_waited_for": "race: |which a cp.async in flight is writing|exits while cp.async",
     },
     "dependent": {
         "dependency_not_waited_for": "exits without grid_dependency_wait",

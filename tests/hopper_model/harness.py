@@ -101,6 +101,7 @@ def _ninja_file(cxx: str) -> str:
     common += [
         "-fno-strict-aliasing",
         "-Wno-unknown-pragmas",
+        "-U_FORTIFY_SOURCE",
         "-DDEEPSEEK_KERNELS_MODEL=1",
         "-DDEEPSEEK_KERNELS_CUDA=1",
     ]
@@ -118,14 +119,15 @@ def _ninja_file(cxx: str) -> str:
     model = objects((p for p in HERE.glob("*.cpp") if p.stem not in ("module", "cute")), "-O3")
     module = objects([HERE / "module.cpp"], "-O1")
     # The sanitizer's calls tell the model of every plain access (shared_memory.cpp); its library is not linked.
-    kernels = ["-x", "c++", "-fsanitize=thread"]
+    kernels = ["-x", "c++", "-fsanitize=thread", "-fno-builtin-memcpy", "-fno-builtin-memmove", "-fno-builtin-memset"]
     module += objects([HERE / "hazards.cu", *ROOT.glob("csrc/*/launch*.cu")], "-O2", *kernels)
     primitives = objects([HERE / "primitives.cu"], "-O1", *kernels)
-    lines += [f"build {BUILD}/_C_model.so: link {' '.join(model + module)}", "  flags = -shared"]
-    lines += [f"build {BUILD}/primitives: link {' '.join(model + primitives)}"]
+    link = "  flags = -Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset"
+    lines += [f"build {BUILD}/_C_model.so: link {' '.join(model + module)}", f"{link} -shared"]
+    lines += [f"build {BUILD}/primitives: link {' '.join(model + primitives)}", link]
     if folders := cute_include():
         program = objects([HERE / "cute.cpp"], "-O1", *(word for p in folders for word in ("-isystem", str(p))))
-        lines += [f"build {BUILD}/cute: link {' '.join(model + program)}"]
+        lines += [f"build {BUILD}/cute: link {' '.join(model + program)}", link]
     lines += [""]
     return "\n".join(lines)
 

@@ -138,6 +138,35 @@ __global__ void fragments(const __grid_constant__ TensorMap map) {
   }
 }
 
+// 64 x 128 ones times 8 x 128 fours, in e4m3 that plain stores wrote.
+__global__ void product(float* out) {
+  DYNAMIC_SMEM(raw);
+  uint8_t *a = raw, *b = raw + 8192;
+  memset(a + threadIdx.x * 64, 0x38, 64);
+  memset(b + threadIdx.x * 8, 0x48, 8);
+  if (!BUG(operands_not_fenced)) fence_proxy_async();
+  if (!BUG(operands_not_waited_for)) __syncthreads();
+  float d[4] = {};
+  wgmma_fence(d);
+  for (int k = 0; k < 4; ++k) wgmma_e4m3<8>(d, desc_k_b128(a) + k * 2, desc_k_b128(b) + k * 2, k != 0);
+  if (!BUG(products_not_committed)) wgmma_commit();
+  if (BUG(operand_overwritten)) a[threadIdx.x] = 0;
+  wgmma_wait<0>(d);
+  out[threadIdx.x] = d[threadIdx.x % 4];
+}
+
+// Each thread takes a float of its right neighbour, through cp.async.
+__global__ void copies(float* out, const float* in) {
+  DYNAMIC_SMEM(raw);
+  Smem& s = *reinterpret_cast<Smem*>(raw);
+  if (threadIdx.x == 0) mbarrier_init(&s.full, kThreads);
+  __syncthreads();
+  cp_async_4(&s.exchange[threadIdx.x], in + threadIdx.x, true);
+  if (!BUG(copies_not_arrived_for)) cp_async_mbarrier_arrive(&s.full);
+  if (!BUG(copies_not_waited_for) && !BUG(copies_not_arrived_for)) mbarrier_wait(&s.full, 0);
+  if (!BUG(copies_not_arrived_for)) out[threadIdx.x] = s.exchange[(threadIdx.x + 1) % kThreads];
+}
+
 // The second kernel of a chain.
 __global__ void dependent(float* values) {
   grid_dependency_launch();
@@ -174,6 +203,12 @@ void run(const std::string& name, float* out, int* tickets) {
   if (name == "exchange") launch(exchange, config_of(1), out);
   if (name == "fragments")
     launch(fragments, config_of(1), tensor_map_2d(out, {Element::kBf16, 64, 16, 64, 64, 16, Swizzle::k128}));
+  if (name == "product") {
+    LaunchConfig config = config_of(1);
+    config.smem = 8192 + 1024;
+    launch(product, config, out);
+  }
+  if (name == "copies") launch(copies, config_of(1), out, static_cast<const float*>(out + 32 * kWidth));
   if (name == "dependent") {
     LaunchConfig config = config_of(1);
     config.dependent = true;

@@ -137,9 +137,9 @@ template <class T>
 T model_shfl(uint32_t mask, T v, int src) {
   static_assert(sizeof(T) <= 8);
   uint64_t u = 0;
-  std::memcpy(&u, &v, sizeof v);
+  __builtin_memcpy(&u, &v, sizeof v);
   u = model::shuffle(mask, u, src);
-  std::memcpy(&v, &u, sizeof v);
+  __builtin_memcpy(&v, &u, sizeof v);
   return v;
 }
 template <class T>
@@ -183,12 +183,12 @@ __attribute__((noinline, no_sanitize_thread)) T atomicAdd(T* p, T v) {
 }
 inline uint32_t __float_as_uint(float x) {
   uint32_t u;
-  std::memcpy(&u, &x, 4);
+  __builtin_memcpy(&u, &x, 4);
   return u;
 }
 inline float __uint_as_float(uint32_t u) {
   float x;
-  std::memcpy(&x, &u, 4);
+  __builtin_memcpy(&x, &u, 4);
   return x;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }  // built with -ffp-contract=off

@@ -39,6 +39,22 @@ void acquire(Fiber* f, const Clock& from) {
   f->clock_news = true;
 }
 
+void remember(Fiber* f, Clock& moments) {
+  moments.resize(f->clock.size());
+  moments[index_of(f)] = f->clock[index_of(f)];
+}
+void order_exit(Cta* c) {
+  if (!settings.hazard_checks) return;
+  Clock known;
+  for (auto& f : c->cluster->fibers)
+    if (f->cta == c) join(known, f->clock);
+  for (auto& [address, barrier] : c->bars)
+    for (uint32_t i = 0; i < barrier.from_peers.size(); ++i)
+      if (barrier.from_peers[i] > known[i])
+        fail("CTA exits, and nothing orders that after the arrival of %s on its %s", thread_of(i).c_str(),
+             name_of(address).c_str());
+}
+
 void order_access(Fiber* f, Cta* c, uint32_t lo, uint32_t hi, const char* what, bool write, bool leaves_trace) {
   f->clock_news = true;
   const uint32_t own = index_of(f), epoch = own << kClockBits | f->clock[own];

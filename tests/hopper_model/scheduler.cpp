@@ -76,6 +76,7 @@ void cta_exit(Cta* c) {
     regs += w.nreg * 128;
   }
   if (regs > 65536) fail("setmaxnreg: the warpgroups together ask for %d registers", regs);
+  order_exit(c);
   check_slack(c);
 }
 
@@ -117,7 +118,6 @@ void run_event(size_t i) {
   if (i + 1 != g->events.size()) g->events[i] = std::move(g->events.back());
   g->events.pop_back();
   ++statistics.async_steps;
-  g->cur = nullptr;
   if (!g->global_open) open_global(true);
   switch (e.kind) {
     case Event::Load:
@@ -199,7 +199,6 @@ void run_grid(std::vector<unsigned> first_blocks) {
       run_event(g->rnd(g->events.size()));
       continue;
     }
-    g->cur = nullptr;
     if (g->ready.empty()) g->report = deadlock_report();
     if (g->switches == kMostSwitches) g->report = "no end in sight: threads spin for something that does not happen";
     if (!g->report.empty()) return;
@@ -209,6 +208,7 @@ void run_grid(std::vector<unsigned> first_blocks) {
     blockIdx = f->cta->block;
     ++statistics.switches, ++g->switches;
     model_switch(&g->main_sp, f->sp);
+    g->cur = nullptr;
     if (!g->report.empty()) return;
     if (Cluster* cluster = f->cta->cluster; cluster->live == 0) {
       g->free_slots.push_back(cluster->first_slot);

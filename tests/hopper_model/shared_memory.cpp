@@ -1,7 +1,8 @@
 // Shared memory: two views of it, and who wrote what since which fence.
 //
 // Kernels are compiled with -fsanitize=thread, for the calls that GCC then makes before every plain access to memory;
-// the functions called are at the end of this file, and libtsan has no part in it.
+// the functions called are at the end of this file, and libtsan has no part in it. memcpy, memmove and memset are seen
+// because they stay calls (-fno-builtin) and the linker wraps them.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -139,18 +140,21 @@ static void access_smem(uintptr_t offset, size_t bytes, bool write) {
   const uint32_t lo = uint32_t(offset % kSmemSlot) + kSmemBase;
   plain_access(g->cur, lo, lo + uint32_t(bytes), write ? "plain store" : "plain load", write);
 }
+static bool is_shared(const void* p) { return reinterpret_cast<uintptr_t>(p) - g_plain < kSlots * kSmemSlot; }
 static inline void access(const void* p, size_t bytes, bool write) {
   if (!g || !g->cur) return;
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - g_plain;
-  const bool shared = offset < kSlots * kSmemSlot;
+  const bool shared = is_shared(p);
   // A loop that waits for another CTA's plain store comes to an end.
   if (++g->plain_accesses % 65536 == 0 || (settings.strict && shared && g->rnd(8) == 0)) yield_now();
-  if (shared) access_smem(offset, bytes, write);
+  if (shared) access_smem(reinterpret_cast<uintptr_t>(p) - g_plain, bytes, write);
+}
+// By memcpy and the like, which the model itself calls too: no place to switch threads.
+static void bulk_access(const void* p, size_t bytes, bool write) {
+  if (g && g->cur && bytes && is_shared(p)) access_smem(reinterpret_cast<uintptr_t>(p) - g_plain, bytes, write);
 }
 void atomic_access(void* p, size_t bytes) {
   maybe_yield();
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - g_plain;
-  if (offset >= kSlots * kSmemSlot) return;
+  if (!is_shared(p)) return;
   const uint32_t a = smem_addr(p);
   check_smem(a, a + uint32_t(bytes), "atomic");
   mark_written(g->cur, a, a + uint32_t(bytes));
@@ -171,6 +175,21 @@ SANITIZER_CALLS(8)
 SANITIZER_CALLS(16)
 void __tsan_read_range(void* p, size_t n) { model::access(p, n, false); }
 void __tsan_write_range(void* p, size_t n) { model::access(p, n, true); }
+void* __real_memcpy(void* to, const void* from, size_t n);
+void* __wrap_memcpy(void* to, const void* from, size_t n) {
+  model::bulk_access(from, n, false), model::bulk_access(to, n, true);
+  return __real_memcpy(to, from, n);
+}
+void* __real_memmove(void* to, const void* from, size_t n);
+void* __wrap_memmove(void* to, const void* from, size_t n) {
+  model::bulk_access(from, n, false), model::bulk_access(to, n, true);
+  return __real_memmove(to, from, n);
+}
+void* __real_memset(void* to, int byte, size_t n);
+void* __wrap_memset(void* to, int byte, size_t n) {
+  model::bulk_access(to, n, true);
+  return __real_memset(to, byte, n);
+}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_func_entry(void*) {}

@@ -27,6 +27,7 @@ struct Barrier {  // mbarrier object (PTX ISA "mbarrier": phase, pending and exp
   uint64_t phase = 0;
   bool fenced = false;
   int owner = 0;
+  Clock from_peers;          // when threads of other CTAs last arrived
   Clock arrived, completed;  // of the arrivals so far; of those up to the last completed phase
   Waiters waiters;
 };
@@ -212,6 +213,9 @@ void join(Clock& into, const Clock& from);
 void start_clock(Fiber* f);
 void release(Fiber* f, Clock& to);  // what f did so far happens before whoever acquires `to`
 void acquire(Fiber* f, const Clock& from);
+void remember(Fiber* f, Clock& moments);  // f's own, now
+// Fails unless every arrival from a peer happened before the CTA ends: else one might come after.
+void order_exit(Cta* c);
 // Fails unless the earlier accesses to [lo, hi) happened before this one by f. A trace is left by what later accesses
 // can race with; not by a copy, whose end its barrier tells.
 void order_access(Fiber* f, Cta* c, uint32_t lo, uint32_t hi, const char* what, bool write, bool leaves_trace = true);

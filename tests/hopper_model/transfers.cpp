@@ -126,6 +126,7 @@ void mbarrier_arrive_cluster(uint64_t* bar, uint32_t rank) {
   if (c != g->cur->cta && c->bars.count(a) && !c->bars[a].fenced)
     fail("remote arrive on %s of rank %u: no fence_barrier_init after its init", name_of(a).c_str(), rank);
   note("arrives for the CTA of a rank on", a, rank);
+  if (c != g->cur->cta) remember(g->cur, barrier(c, a, "arrive").from_peers);
   arrive(c, a, 0);
   maybe_yield();
 }
@@ -163,8 +164,8 @@ void cp_async(void* dst, const void* src, uint32_t bytes, uint32_t valid_bytes) 
     fail("cp_async: an address is not a multiple of %u", bytes);
   if (valid_bytes > bytes) fail("cp_async: %u of %u bytes are valid", valid_bytes, bytes);
   check_global_allowed("cp_async");
-  memset(dst, 0xFF, bytes);  // NaN until waited for
   plain_access(g->cur, d, d + bytes, "cp.async", true);
+  memset(dst, 0xFF, bytes);  // NaN until waited for
   set_mark(g->cur->cta, d, d + bytes, kCopyInFlight);
   g->cur->copies.push_back({d, bytes, valid_bytes, src});
 }
@@ -242,7 +243,7 @@ void tma_store_wait(int n) {
     set_mark(f->cta, s.lo, s.hi, kSettled);
   }
   for (size_t i = upto; i < f->stores.size(); ++i) set_mark(f->cta, f->stores[i]->lo, f->stores[i]->hi, kStoreReads);
-  note("has waited for its TMA stores but", 0, n);
+  note("has waited for its TMA stores, all but the last", 0, n);
 }
 
 }  // namespace model
