@@ -20,7 +20,7 @@ struct Smem {
 
 // kWhole: rows of x and q are multiples of 16 bytes apart, k is a multiple of 16.
 template <class T, int kBlockM, int kBlockK, bool kWhole>
-__global__ void __launch_bounds__(kThreads) kernel(const Fp8QuantizeParams p) {
+__global__ void __launch_bounds__(kThreads, 2) kernel(const Fp8QuantizeParams p) {
   DYNAMIC_SMEM(raw_smem);
   [[maybe_unused]] Smem<T>& smem = *reinterpret_cast<Smem<T>*>(raw_smem);
   const uint32_t k_tiles = uint32_t(ceil_div<int64_t>(p.k, kTile));

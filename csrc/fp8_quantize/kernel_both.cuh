@@ -104,7 +104,7 @@ DEVICE_FN Rows find_rows(const Fp8QuantizeBothParams& p, int block) {
 
 // kWhole: rows of x and q are multiples of 16 bytes apart, k is a multiple of 16. Those of q_t always are.
 template <class T, bool kWhole>
-__global__ void __launch_bounds__(kThreads) both_kernel(const Fp8QuantizeBothParams p) {
+__global__ void __launch_bounds__(kThreads, 2) both_kernel(const Fp8QuantizeBothParams p) {
   DYNAMIC_SMEM(raw_smem);
   BothSmem<T>& smem = *reinterpret_cast<BothSmem<T>*>(raw_smem);
   const uint32_t k_tiles = uint32_t(ceil_div<int64_t>(p.k, kTile));
