@@ -93,12 +93,12 @@ def test_whole_rows_move_in_16_byte_words(op, arch):
     """The instances for aligned rows (kWhole true, or words of uint4) load and store 128 bits, and store nothing less
     but scales, which are 32 bits, and the last bytes of a row."""
     kernels, _ = compile_kernels(op, arch)
-    whole = {name: kernel for name, kernel in kernels.items() if "Lb1E" in name or "uint4" in name}
+    whole = {name: kernel for name, kernel in kernels.items() if "Lb1EE" in name or "uint4" in name}
     assert len(whole) >= len(kernels) // 2
     for name, kernel in whole.items():
         assert re.search(r"\bLDG\.E\.128", kernel.sass), name
         assert re.search(r"\bSTG\.E\.128", kernel.sass), name
-        if "Lb1E" in name:
+        if "Lb1EE" in name:
             assert not re.search(r"\bSTG\.E\.(U8|U16|64)", kernel.sass), name
 
 
