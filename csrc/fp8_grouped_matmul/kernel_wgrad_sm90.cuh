@@ -3,10 +3,9 @@
 // Without offsets there is one expert, and it has all columns: the weight gradient of fp8_matmul.
 //
 // Tiling:   kTileM of n by kTileN of k, 128 columns a stage, as in common/fp8_sm90.cuh with grad_t as x and a_t as y.
-// Every
-//           expert has the same tiles, so that a tile's number gives its expert by a division; only how many blocks to
-//           sum depends on the offsets, which every role adds up as it goes from tile to tile. The CTAs work on one
-//           expert at a time, all with the same number of blocks: no tile waits for a longer one of the same wave.
+//           Every expert has the same tiles, so that a tile's number gives its expert by a division; only how many
+//           blocks to sum depends on the offsets, which every role adds up as it goes from tile to tile. The CTAs work
+//           on one expert at a time, all with the same number of blocks: no tile waits for a longer one of its wave.
 //           A cluster's tiles lie side by side in one expert, and have x in common (along k) or y (along n).
 // Why:      each product is multiplied by two scales and added, which is 2 instructions an element instead of the 1 of
 //           128x128 scales: 4 * kTileM * kTileN / 256 issue slots a stage and SM sub-partition, half of the time of the

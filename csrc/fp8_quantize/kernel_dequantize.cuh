@@ -1,8 +1,7 @@
 // out = q * scale of the block, in fp32, rounded once.
 //
-// Tiling:  one CTA per 128 x 128 tile: eight lanes hold a row of it, 16 neighbouring codes each, 256 threads 32 rows,
-// four
-//          times. All loads are issued before the first is used.
+// Tiling:  one CTA per 128 x 128 tile: eight lanes hold a row of it, 16 neighbouring codes each, 256 threads 32 rows at
+//          a time. All loads are issued before the first is used.
 // Bytes:   m * k * (1 + sizeof(out)) + 4 per block.  m = 4096, k = 7168, bf16, 1x128: 89.0 MB, 20.7 us at 4.3 TB/s.
 #pragma once
 #include "params.h"

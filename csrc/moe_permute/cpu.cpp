@@ -1,8 +1,7 @@
 // The maths of kernel.cuh, for CPU tensors.
 //
 // permute:   row-parallel: each thread fills a run of output rows from pos_to_token_topk, so every byte of the output
-// is
-//            written once, in order, by one thread (fresh pages are faulted in by the thread that writes them).
+//            is written once, in order, by one thread (fresh pages are faulted in by the thread that writes them).
 // unpermute: token-parallel: a chunk of columns of one token is summed in registers over k, then stored.
 // Bytes:     as in kernel.cuh; at R*H*b of 128 MiB the time is page faults if the output is fresh.
 #include "moe_permute/cpu.h"

@@ -97,9 +97,7 @@ def _step(t: Tile, m: int, stages: int, device: DeviceSpec) -> float:
     # a wgmma reads its 64 rows of x and all of y from shared memory, which takes longer than the math of few columns
     math = 2 * t.rows * t.columns * BLOCK / rate * max(1.0, (GROUP_ROWS + t.columns) / (2 * t.columns))
     promotion = t.rows * t.columns / fma
-    alone = (
-        math + promotion + STEP_LATENCY
-    )  # of a warpgroup that has a step to itself, while the other has the next one
+    alone = math + promotion + STEP_LATENCY  # of a warpgroup with a step to itself, while the other has the next one
     math = max(math, promotion if t.rows > GROUP_ROWS else alone / 2)
     loaded = (min(t.tile_m, m) / t.cluster_n + t.tile_n / t.cluster_m) * BLOCK
     read = max(loaded / L2_BYTES_PER_SM, MEMORY_LATENCY / max(stages - 1, 1))
