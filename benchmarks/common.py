@@ -261,7 +261,13 @@ def failure(bench: Bench, case: Case, reason: str) -> dict[str, Any]:
 
 
 def run_case(
-    bench: Bench, case: Case, device: torch.device, *, quick: bool = False, compiled: bool = False
+    bench: Bench,
+    case: Case,
+    device: torch.device,
+    *,
+    quick: bool = False,
+    compiled: bool = False,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """One record per provider: checked first, and timed only where right."""
     operator = bench.operator
@@ -286,7 +292,7 @@ def run_case(
             else:
                 right.append(provider)
         del expected
-        timings = _time(bench, right, args, device, quick) if right else {}
+        timings = _time(bench, right, args, device, seconds or (0.05 if quick else 0.5)) if right else {}
     roof = ceilings(device, bench.rate, quick) if right else {}
     peer_times = {p.name: timings[p.name].p50 for p in right if not p.backend}
     for record in records:
@@ -297,7 +303,9 @@ def run_case(
     return records
 
 
-def _time(bench: Bench, providers: list[Provider], args: tuple, device: torch.device, quick: bool) -> dict[str, Timing]:
+def _time(
+    bench: Bench, providers: list[Provider], args: tuple, device: torch.device, seconds: float
+) -> dict[str, Timing]:
     size = sum(t.nbytes for t in _tensors(args))
     count = max(1, min(INPUT_SETS, INPUT_BYTES // max(size, 1))) if device.type == "cuda" else 1
     sets = [args, *(clone(args) for _ in range(count - 1))]
@@ -305,7 +313,7 @@ def _time(bench: Bench, providers: list[Provider], args: tuple, device: torch.de
         p.name: [functools.partial(p.run, *(p.prepare(*s) if p.prepare else s)) for s in sets] for p in providers
     }
     uncapturable = frozenset(p.name for p in providers if not p.capturable)
-    return measure(functions, device, seconds=0.05 if quick else 0.5, uncapturable=uncapturable)
+    return measure(functions, device, seconds=seconds, uncapturable=uncapturable)
 
 
 def _figures(t: Timing, flops: int, num_bytes: int, roof: dict[str, float], rate: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Time the ops against what a user would otherwise run.
 
-    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--compile]
+    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--seconds S] [--compile]
                              [--out FILE.jsonl [--resume] [--budget SECONDS]]
 
 Exit codes: 1 if any of our results was wrong or could not be made, 4 if the device stopped working (an illegal
@@ -93,7 +93,7 @@ def finished(file: Path, about: dict) -> set[tuple[str, str]]:
 
 def measure(bench: Bench, case: Case, device: torch.device, options) -> list[dict]:
     try:
-        return run_case(bench, case, device, quick=options.quick, compiled=options.compile)
+        return run_case(bench, case, device, quick=options.quick, compiled=options.compile, seconds=options.seconds)
     except Exception as error:  # inputs or reference: the other cases still count
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return [failure(bench, case, reason)]
@@ -116,6 +116,7 @@ def main() -> int:
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the small cases only, few samples")
+    parser.add_argument("--seconds", type=float, help="about how long the samples of one provider may take (0.5)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager peer")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one line per provider and case")
     parser.add_argument("--resume", action="store_true", help="leave out cases that --out holds for this commit")

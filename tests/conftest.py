@@ -37,6 +37,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    """After an illegal access later tests of the process would all fail: the worker goes, another takes its place."""
+    report = yield
+    if HAS_GPU and report.failed and hasattr(item.config, "workerinput"):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            if PASSED:
+                with open(f"{PASSED}.lost", "a") as file:
+                    file.write(f"{item.nodeid}\n{report.longreprtext}\n")
+            os._exit(1)
+    return report
+
+
 class PassedTests:
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
@@ -51,6 +66,6 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get("skipped", [])
-    gpu = [r for r in skipped if "gpu" in r.keywords]
+    gpu = [r for r in skipped if "gpu" in getattr(r, "keywords", ())]
     if gpu:
         terminalreporter.write_line(f"{len(gpu)} GPU tests were collected and skipped for want of a GPU")

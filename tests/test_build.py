@@ -321,8 +321,15 @@ print(*(module.__file__ for module in (deepseek_kernels, deepseek_kernels._C, de
 
 
 def test_import_is_quick(installed):
-    # Processor time: other tests run beside this one.
-    code = (
-        "import time, torch; begin = time.process_time(); import deepseek_kernels; print(time.process_time() - begin)"
-    )
-    assert min(float(in_environment(installed, code)) for _ in range(3)) <= 0.3
+    # Processor time, since other tests run beside this one; they slow it down too, as torch's own import shows, which
+    # takes about 1.2 s where a processor is left alone.
+    code = """
+import time
+begin = time.process_time()
+import torch
+middle = time.process_time()
+import deepseek_kernels
+print(middle - begin, time.process_time() - middle)
+"""
+    runs = [tuple(map(float, in_environment(installed, code).split())) for _ in range(3)]
+    assert any(ours <= 0.3 * max(1, of_torch / 1.2) for of_torch, ours in runs), runs
