@@ -4,6 +4,7 @@ sizes."""
 from dataclasses import replace
 
 import torch
+from bench_fp8_matmul import is_hopper, mn_major
 from bench_grouped_matmul import DOWN, GATE_UP, SIZES, SMALL, WGRAD_CASES, case, uneven_offsets
 from common import Bench, Case, Peer
 
@@ -85,6 +86,46 @@ def loop(x, weights, expert_offsets):
     return torch.cat([rows @ weight.t() for rows, weight in zip(x.split(counts), weights, strict=True)])
 
 
+def padded_rows(expert_offsets, num_rows):
+    """Expert of each row, where it goes if each expert begins at a multiple of 128 rows, and how many those are."""
+    counts = expert_offsets.diff().long()
+    padded = (counts + 127) // 128 * 128
+    expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    first = padded.cumsum(0) - padded - expert_offsets[:-1]
+    return expert, torch.arange(num_rows, device=counts.device) + first[expert], int(padded.sum())
+
+
+def for_deep_gemm(a, scale_a, b, scale_b, expert_offsets):
+    expert, row, total = padded_rows(expert_offsets, len(a))
+    x = torch.zeros(total, a.shape[1], dtype=torch.uint8, device=a.device)
+    x[row] = a.view(torch.uint8)
+    scale = torch.ones(scale_a.shape[1], total, device=a.device)
+    scale[:, row] = scale_a.t()
+    expert_of_row = torch.full((total,), -1, dtype=torch.int32, device=a.device)
+    expert_of_row[row] = expert.int()
+    return (x.view(a.dtype), scale.t()), (b, scale_b), expert_of_row
+
+
+def deep_gemm_contiguous(a, b, expert_of_row):
+    import deep_gemm
+
+    d = torch.empty(len(a[0]), b[0].shape[1], dtype=torch.bfloat16, device=a[0].device)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, expert_of_row)
+    return d
+
+
+def masked_for_deep_gemm(a, scale_a, b, scale_b, counts, out_dtype, expected_m):
+    return (a, mn_major(scale_a)), (b, scale_b), counts, expected_m
+
+
+def deep_gemm_masked(a, b, counts, expected_m):
+    import deep_gemm
+
+    d = torch.empty(*a[0].shape[:2], b[0].shape[1], dtype=torch.bfloat16, device=a[0].device)
+    deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, d, counts, expected_m)
+    return d
+
+
 def wgrad_inputs(device, g, num_experts, num_rows, n, k):
     """Every column holds a value, also those that would be zero to fill a block."""
     columns = padded_columns(num_rows, num_experts)
@@ -112,15 +153,48 @@ def wgrad_loop(g, x, expert_offsets):
     return torch.stack([(g @ x.t()).float() for g, x in pairs])
 
 
+def wgrad_for_deep_gemm(grad_t, scale_grad, a_t, scale_a, expert_offsets):
+    widths = [128 * ceil_div(count, 128) for count in expert_offsets.diff().tolist()]
+
+    def flat(q, scale):
+        parts = q[:, : sum(widths)].view(torch.uint8).split(widths, 1)
+        return torch.cat([part.flatten() for part in parts]).view(q.dtype), mn_major(scale[:, : sum(widths) // 128])
+
+    out = torch.zeros(len(widths), len(grad_t), len(a_t), device=grad_t.device)
+    on_device = torch.tensor(widths, dtype=torch.int32, device=grad_t.device)
+    return flat(grad_t, scale_grad), flat(a_t, scale_a), out, widths, on_device
+
+
+def deep_gemm_wgrad(grad_t, a_t, out, widths, on_device):
+    """It can only add to what is there, which was zero in the call that is checked."""
+    import deep_gemm
+
+    deep_gemm.k_grouped_fp8_gemm_nt_contiguous(grad_t, a_t, out, widths, on_device, c=out)
+    return out
+
+
+def deep_gemm(run, prepare, **options) -> Peer:
+    return Peer(run, prepare=prepare, needs=("deep_gemm",), available=is_hopper, **options)
+
+
 BENCHES = [
     Bench(
         "fp8_grouped_matmul", CASES, inputs,
-        {"torch loop bf16": Peer(loop, prepare=dequantized, tolerance=BF16_OPERANDS, capturable=False)},
+        {
+            "torch loop bf16": Peer(loop, prepare=dequantized, tolerance=BF16_OPERANDS, capturable=False),
+            "deep_gemm, rows padded before": deep_gemm(
+                deep_gemm_contiguous, for_deep_gemm,
+                outputs=lambda d, args: (d[padded_rows(args[4], len(args[0]))[1]],),
+            ),
+        },
         tolerance=MATMUL, rate="fp8",
     ),
     Bench(
         "fp8_grouped_matmul_masked", MASKED_CASES, masked_inputs,
-        {"torch bmm bf16": Peer(masked_bmm, prepare=dequantized_masked, tolerance=BF16_OPERANDS)},
+        {
+            "torch bmm bf16": Peer(masked_bmm, prepare=dequantized_masked, tolerance=BF16_OPERANDS),
+            "deep_gemm": deep_gemm(deep_gemm_masked, masked_for_deep_gemm),
+        },
         tolerance=MATMUL, rate="fp8", defined=filled,
     ),
     Bench(
@@ -129,6 +203,7 @@ BENCHES = [
             "torch loop bf16": Peer(
                 wgrad_loop, prepare=dequantized_columns, tolerance=BF16_OPERANDS, capturable=False
             ),
+            "deep_gemm, adding": deep_gemm(deep_gemm_wgrad, wgrad_for_deep_gemm),
         },
         tolerance=MATMUL, rate="fp8", cost=wgrad_cost,
     ),

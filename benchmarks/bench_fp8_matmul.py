@@ -95,6 +95,21 @@ def run_deep_gemm(a, b):
     return d
 
 
+def mn_major(scale):
+    """The layout that DeepGEMM reads, TMA-aligned where there are a multiple of 4 rows."""
+    return scale.mT.contiguous().mT
+
+
+def wgrad_for_deep_gemm(a, scale_a, b, scale_b, bias, out, accumulate):
+    return (a, mn_major(scale_a)), (b, mn_major(scale_b)), out
+
+
+def wgrad_deep_gemm(a, b, out):
+    import deep_gemm
+
+    deep_gemm.fp8_gemm_nt(a, b, out, c=out, recipe=(1, 1, 128))
+
+
 def layer_inputs(device, g, m, n, k):
     """x, weight and the gradient of the layer's result."""
 
@@ -142,7 +157,11 @@ WGRAD_PEERS = {
         tolerance=BF16_OPERANDS,
         outputs=lambda result, args: (),
     ),
-}
+    "deep_gemm": Peer(
+        wgrad_deep_gemm, prepare=wgrad_for_deep_gemm, needs=("deep_gemm",), available=is_hopper,
+        outputs=lambda result, args: (),
+    ),
+}  # fmt: skip
 TRAINING_PEERS = {"torch bf16": Peer(trained(F.linear))}
 BENCHES = [
     Bench("fp8_matmul", CASES, inputs, PEERS, tolerance=MATMUL, rate="fp8"),

@@ -8,7 +8,7 @@ from common import Bench, Case, Peer
 
 import deepseek_kernels
 from deepseek_kernels.shapes import BLOCK, V2_LITE, V3, ceil_div
-from deepseek_kernels.testing.compare import MATMUL, MOE_GRADIENT
+from deepseek_kernels.testing.compare import MATMUL, MOE_GRADIENT, REQUANTIZED
 
 V3_DIMS = dict(hidden=V3.hidden, intermediate=V3.intermediate, num_experts=32, top_k=V3.top_k)
 V2_LITE_DIMS = dict(
@@ -99,7 +99,7 @@ PEERS = {"torch naive": Peer(naive, capturable=False), "torch grouped_mm": Peer(
 TRAINING_PEERS = {name: dataclasses.replace(peer, run=trained(peer.run)) for name, peer in PEERS.items()}
 BENCHES = [
     Bench("fused_moe", CASES, inputs, PEERS, tolerance=MATMUL),
-    Bench("fused_moe", CASES, fp8_inputs, tolerance=MATMUL, rate="fp8", name="fused_moe fp8"),
+    Bench("fused_moe", CASES, fp8_inputs, tolerance=REQUANTIZED, rate="fp8", name="fused_moe fp8"),
     Bench(
         "fused_moe_forward", TRAINING_CASES, training_inputs, TRAINING_PEERS, tolerance=MOE_GRADIENT,
         name="fused_moe forward+backward", call=trained(deepseek_kernels.fused_moe), cost=training_cost,

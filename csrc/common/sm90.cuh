@@ -270,11 +270,11 @@ DEVICE_FN void grid_dependency_launch() {
 // ---- threads ----
 template <int N>
 DEVICE_FN void reg_inc() {
-  SM90_DO(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)), model::setmaxnreg(N));
+  SM90_DO(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)), model::setmaxnreg(N, true));
 }
 template <int N>
 DEVICE_FN void reg_dec() {
-  SM90_DO(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)), model::setmaxnreg(N));
+  SM90_DO(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)), model::setmaxnreg(N, false));
 }
 DEVICE_FN void named_barrier_sync(int id, int threads) {
   SM90_DO(asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"), model::named_barrier_sync(id, threads));

@@ -29,7 +29,8 @@ def fp8_quantize(
     blocks[:m, :k] = x
     blocks = blocks.view(ceil_div(m, rows), rows, ceil_div(k, columns), columns)
     amax = blocks.abs().amax(dim=(1, 3)) if blocks.numel() else x.new_zeros(blocks.shape[0], blocks.shape[2])
-    scale = amax.clamp(min=FP8_AMAX_FLOOR) / FP8_MAX
+    amax = amax.clamp(min=FP8_AMAX_FLOOR)
+    scale = amax / torch.full_like(amax, FP8_MAX)  # by a number torch multiplies with the reciprocal on a GPU
     if pow2_scale:
         scale = round_up_to_power_of_two(scale)
     q = (x / expand_scale(scale, m, k, granularity)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)

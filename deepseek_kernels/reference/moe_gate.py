@@ -75,7 +75,8 @@ def moe_gate_backward(
     x = _logits(logits)
     scores = SCORES[score](x)
     chosen = (indices >= 0) & (indices < num_experts)
-    column = torch.where(chosen, indices, num_experts).long()
+    # contiguous, since the order in which torch sums over the chosen follows the strides of the indices on a GPU
+    column = torch.where(chosen, indices, num_experts).long().contiguous()
     weights = F.pad(scores, (0, 1)).gather(1, column)
     grad = torch.where(chosen, grad_weights.to(x.dtype), 0) * scale
     if normalize:

@@ -43,6 +43,9 @@ FP8_STEP = Tolerance(steps=1, absolute=2.0**-9)
 """e4m3 codes of values that agree to fp32 rounding: at most neighbours."""
 LSE = Tolerance(steps=8.01 * 2**7, absolute=1e-6)
 """fp32 log-sum-exp: 8.01 / 65536 relative."""
+REQUANTIZED = Tolerance(steps=4, of_norm=2e-2, distance=1e-3)
+"""A product of rows that were rounded to FP8 on the way: sums taken in another order move some of them by an FP8 step,
+which is an eighth of the value, in a row of a few dozen values."""
 GRADIENT = Tolerance(steps=4, of_norm=2e-3, distance=1e-5)
 MOE_GRADIENT = Tolerance(steps=4, absolute=4e-3, of_norm=5e-3, distance=1e-5)
 """`fused_moe` in bf16, unit-scale inputs: gate_up, h and their gradients are each kept in bf16, so an element near 0
@@ -58,7 +61,7 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def as_bytes(t: torch.Tensor) -> torch.Tensor:
     if t.numel() == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device=t.device)
     # a clone, because a dimension of size 1 may have any stride in a "contiguous" tensor
     return t.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 

@@ -119,7 +119,7 @@ void wgmma_commit();
 void wgmma_wait(int n, std::initializer_list<float*> read_afterwards);
 void wgmma(Type t, int n, float* d, const uint32_t* a_regs, uint64_t desc_a, uint64_t desc_b, int scale_d, int ta,
            int tb);
-void setmaxnreg(int n);
+void setmaxnreg(int n, bool increase);
 void named_barrier_sync(int id, int threads);
 void cluster_sync();
 uint32_t cluster_rank();

@@ -3,9 +3,14 @@
 
 namespace model {
 
-void setmaxnreg(int n) {
+void setmaxnreg(int n, bool increase) {
   if (n % 8 || n < 24 || n > 256) fail("setmaxnreg %d", n);
   WarpGroup& wg = g->cur->cta->wgs[g->cur->tid / 128];
+  // What nvcc gives a kernel of so many threads with launch bounds of one CTA an SM. Asking for the other direction is
+  // an illegal instruction on the GPU.
+  const int at_launch = std::min(255, 65536 / (128 * int(g->cur->cta->wgs.size()))) / 8 * 8;
+  if (increase ? n < at_launch : n > at_launch)
+    fail("setmaxnreg.%s to %d of a kernel that starts with %d", increase ? "inc" : "dec", n, at_launch);
   wg.nreg = n, ++wg.nreg_calls;
 }
 static void meet_at(NamedBarrier& b, int threads, std::string why) {
