@@ -14,6 +14,7 @@
 #include "fp8_matmul/params.h"
 #include "fp8_quantize/params.h"
 #include "moe_permute/params.h"
+#include "moe_sort/params.h"
 #endif
 
 namespace deepseek_kernels {
@@ -154,6 +155,21 @@ void bind_moe_permute(py::module_& m) {
       },
       kw_only(), "y"_a, "token_topk_to_pos"_a, "weights"_a, "out"_a, "num_tokens"_a, "top_k"_a, "num_rows"_a,
       "hidden"_a, "dtype"_a, "ldy"_a, "ld_out"_a, "stream"_a, release_gil());
+}
+
+void bind_moe_sort(py::module_& m) {
+  m.def(
+      "moe_sort",
+      [](address indices, address token_topk_to_pos, address pos_to_token_topk, address expert_offsets, address counts,
+         int64_t num_entries, int64_t num_rows, int64_t expert_begin, int num_local, uint32_t alignment, bool wide,
+         int warps, int rounds, int ctas, bool dependent, address stream) {
+        launch_moe_sort({at<void>(indices), at<int32_t>(token_topk_to_pos), at<int32_t>(pos_to_token_topk),
+                         at<int32_t>(expert_offsets), at<int32_t>(counts), num_entries, num_rows, expert_begin,
+                         num_local, alignment, wide, warps, rounds, ctas, dependent, at<void>(stream)});
+      },
+      kw_only(), "indices"_a, "token_topk_to_pos"_a, "pos_to_token_topk"_a, "expert_offsets"_a, "counts"_a,
+      "num_entries"_a, "num_rows"_a, "expert_begin"_a, "num_local"_a, "alignment"_a, "wide"_a, "warps"_a, "rounds"_a,
+      "ctas"_a, "dependent"_a, "stream"_a, release_gil());
 }
 
 #if defined(DEEPSEEK_KERNELS_SM90A)
@@ -305,7 +321,9 @@ void bind(py::module_& m) {
 #if defined(DEEPSEEK_KERNELS_CUDA)
   bind_fp8_quantize(m);
   bind_moe_permute(m);
-  std::string ops = "fp8_dequantize,fp8_quantize,fp8_quantize_both,moe_permute,moe_permute_quantize,moe_unpermute";
+  bind_moe_sort(m);
+  std::string ops =
+      "fp8_dequantize,fp8_quantize,fp8_quantize_both,moe_permute,moe_permute_quantize,moe_sort,moe_unpermute";
 #if defined(DEEPSEEK_KERNELS_SM90A)
   bind_fp8_matmul(m);
   bind_fp8_grouped_matmul(m);

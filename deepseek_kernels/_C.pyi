@@ -151,6 +151,34 @@ def moe_permute_quantize(
     x [num_tokens, hidden] of `dtype`, out e4m3 [num_rows, hidden], out_scale fp32 [num_rows, ceil(hidden/128)].
     """
 
+def moe_sort(
+    *,
+    indices: int,
+    token_topk_to_pos: int,
+    pos_to_token_topk: int,
+    expert_offsets: int,
+    counts: int,
+    num_entries: int,
+    num_rows: int,
+    expert_begin: int,
+    num_local: int,
+    alignment: int,
+    wide: bool,
+    warps: int,
+    rounds: int,
+    ctas: int,
+    dependent: bool,
+    stream: int,
+) -> None:
+    """Stable counting sort of indices [num_entries], int64 if `wide`, else int32, by expert.
+
+    Those outside [expert_begin, expert_begin + num_local) get position -1, and every expert's rows are padded to a
+    multiple of `alignment`; pos_to_token_topk [num_rows] is -1 where there is no entry. The three maps are int32.
+    `ctas` CTAs of `warps` warps (4 to 32, in fours) look at tiles of warps * 32 * rounds entries (rounds 1, 2, 4 or 8).
+    One CTA takes one tile, in one launch. More take two launches, the second of which may overlap the first if
+    `dependent` (sm_90 and newer), and counts, int32 [ctas, num_local rounded up to 4], 16-byte aligned.
+    """
+
 def moe_unpermute(
     *,
     y: int,

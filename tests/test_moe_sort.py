@@ -6,6 +6,7 @@ import torch
 import deepseek_kernels as dk
 from deepseek_kernels.device import GPUS, H200
 from deepseek_kernels.ops import moe_sort as op
+from deepseek_kernels.ops._device import spec
 from deepseek_kernels.plan import moe_sort as plan
 from deepseek_kernels.reference.moe_sort import moe_sort as reference
 from deepseek_kernels.testing.guard import guarded_allocations
@@ -102,6 +103,24 @@ def test_several_programs(num_experts, chunk, alignment, programs):
         assert torch.equal(actual.cpu(), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("alignment", [1, 128])
+@pytest.mark.parametrize("num_experts", [5, 256, 4096])
+@pytest.mark.parametrize("num_tokens", [1, 1000, 8192, 131072])
+def test_real_sizes_on_a_gpu(num_tokens, num_experts, alignment):
+    """Every configuration of the CUDA kernel, over and over: two launches overlap, and many CTAs write."""
+    indices = torch.randint(-1, num_experts, (num_tokens, 8), device="cuda")
+    p = op._problem(indices, num_experts, 0, num_experts, alignment)
+    expected = reference(indices, num_experts, alignment=alignment)
+    with dk.use_backend("cuda"):
+        if dk.explain("moe_sort", indices, num_experts).backend is None:
+            pytest.skip("no cuda backend here")
+    for config in plan.candidates(p, spec(indices.device), "cuda"):
+        for _ in range(5):
+            maps = op._cuda(config, indices, num_experts, 0, num_experts, alignment)
+            assert all(map(torch.equal, maps, expected)), config
+
+
 def test_bound_is_reached():
     """The worst routing for the padding fills every row of the bound but its rounding."""
     indices = torch.arange(6)[:, None]
@@ -120,6 +139,24 @@ def test_face():
 
 def problem(num_tokens, num_experts=256, top_k=8, alignment=1):
     return plan.Problem(num_tokens, top_k, num_experts, num_tokens * top_k, alignment, 8)
+
+
+@pytest.mark.parametrize("device", GPUS.values(), ids=GPUS)
+@pytest.mark.parametrize("num_experts", [0, 1, 8, 256, 257, 1000, 4096])
+@pytest.mark.parametrize("num_tokens", [1, 100, 8192, 131072])
+def test_plan_of_the_cuda_kernel(num_tokens, num_experts, device):
+    """One launch for one tile, and several CTAs that each get something; all in shared memory."""
+    p = problem(num_tokens, num_experts)
+    for config in [plan.select(p, device, "cuda"), *plan.candidates(p, device, "cuda")]:
+        assert plan.shared_bytes(config, p) <= device.shared_memory
+        tiles = -(-num_tokens * 8 // config.tile)
+        assert tiles == 1 if config.ctas == 1 else config.ctas <= min(tiles, device.num_sms)
+        assert config.dependent == (config.ctas > 1 and device.arch >= 90)
+
+
+def test_plan_of_the_cuda_kernel_decodes_in_one_launch():
+    assert plan.select(problem(128), H200, "cuda").ctas == 1
+    assert plan.select(problem(8192), H200, "cuda").ctas >= 16
 
 
 @pytest.mark.parametrize("device", GPUS.values(), ids=GPUS)

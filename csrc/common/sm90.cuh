@@ -258,13 +258,17 @@ DEVICE_FN int swizzled_offset(int row, int byte, int row_bytes) {
 
 // ---- the kernels before and after in the stream (LaunchConfig::dependent) ----
 // Until the kernels before have completed and their writes are visible. A dependent launch touches no global memory
-// before this, neither reading nor writing.
+// before this, neither reading nor writing. Both are nothing before sm_90, where no launch is dependent.
 DEVICE_FN void grid_dependency_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   SM90_DO(asm volatile("griddepcontrol.wait;" :: : "memory"), model::grid_dependency_wait());
+#endif
 }
 // The dependent kernel after may start once every CTA has called this or exited.
 DEVICE_FN void grid_dependency_launch() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   SM90_DO(asm volatile("griddepcontrol.launch_dependents;" :: : "memory"), model::grid_dependency_launch());
+#endif
 }
 
 // ---- threads ----

@@ -4,6 +4,7 @@ import torch
 
 from ..plan import moe_sort as plan
 from ..reference import moe_sort as reference
+from ..shapes import align_up
 from . import _allocate, _extension
 from . import _checks as checks
 from ._maps import MoeMaps
@@ -89,6 +90,26 @@ def _triton(config, indices, *args):
     return maps
 
 
+def _cuda(config, indices, *args):
+    maps = _outputs(_allocate.empty, indices, *args)
+    if indices.numel() == 0:
+        maps[-1].zero_()
+        return maps
+    _, expert_begin, _, alignment = args
+    num_local, counts = maps[-1].shape[0] - 1, None
+    if config.ctas > 1:
+        counts = _allocate.empty((config.ctas, align_up(num_local, 4)), torch.int32, indices.device)
+    indices = indices.contiguous()
+    _extension.module().moe_sort(
+        indices=indices.data_ptr(), token_topk_to_pos=maps[0].data_ptr(), pos_to_token_topk=maps[1].data_ptr(),
+        expert_offsets=maps[2].data_ptr(), counts=_extension.address(counts), num_entries=indices.numel(),
+        num_rows=maps[1].shape[0], expert_begin=expert_begin, num_local=num_local, alignment=alignment,
+        wide=indices.dtype == torch.int64, warps=config.warps, rounds=config.rounds, ctas=config.ctas,
+        dependent=config.dependent, stream=_extension.stream(indices),
+    )  # fmt: skip
+    return maps
+
+
 def _cpu(config, indices, *args):
     maps = _outputs(_allocate.empty, indices, *args)
     _, expert_begin, _, alignment = args
@@ -112,5 +133,5 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.moe_sort,
-    backends={"triton": _triton, "cpu": _cpu},
+    backends={"cuda": _cuda, "triton": _triton, "cpu": _cpu},
 )
