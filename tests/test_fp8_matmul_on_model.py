@@ -152,6 +152,20 @@ def test_bugs_of_fp8_matmul(model, bug, cluster):
     harness.assert_caught(lambda: run_matmul(model, 200, 264, 1024, cluster=(cluster, 1), mn_major=False), bug)
 
 
+SCALE_BUGS = ("expect_too_many_bytes", "scales_of_next_block", "scale_block_past_the_end", "scales_past_the_last_step")
+
+
+@pytest.mark.parametrize("bug", SCALE_BUGS)
+def test_bugs_of_scales(model, bug):
+    """Those of rows by TMA, those of blocks ahead of their step; the last tile has no second block."""
+    harness.assert_caught(lambda: run_matmul(model, 130, 200, 1024, tile=(128, 192)), bug)
+
+
+@pytest.mark.parametrize("bug", ["older_product_not_awaited", "full_wait_missing", "stage_never_released"])
+def test_bugs_of_two_products_under_way(model, bug):
+    harness.assert_caught(lambda: run_matmul(model, 130, 264, 1024, tile=(128, 128), cluster=(1, 2)), bug)
+
+
 def test_last_cluster_sync_of_fp8_matmul(model):
     """A CTA must end before its peer lets go of the last stage, which few schedules make happen."""
     run = functools.partial(run_matmul, model, 200, 24, 16, cluster=(2, 1))

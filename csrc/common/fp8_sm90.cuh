@@ -6,10 +6,12 @@
 //           bits while it adds, so it is never asked to add more than 128 products). The CTAs of a cluster have x
 //           or y in common; each fetches a part of it for all.
 // Pipeline: who              waits for      does                                            signals
-//           TMA thread       empty[stage]   loads x, y                                      full[stage] (bytes)
-//           scale warp       empty[stage]   cp.async of the scales of x and y               full[stage] (32 arrivals)
+//           TMA thread       empty[stage]   loads x, y, and scales of their rows            full[stage] (bytes)
 //           math warpgroups  full[stage]    wgmma, then scales while the other one's runs   empty[stage], every CTA
-//           What becomes of the sums is in fp8_sm90_store.cuh.
+//           Where a warpgroup has 64 rows and few enough columns, its next wgmma run while it scales the last ones.
+//           Scales of rows whose strides TMA does not take are copied by a warp of their own (cp.async, 32 arrivals on
+//           full[stage]); scales of blocks of rows are read by the math warpgroups a step ahead. What becomes of the
+//           sums is in fp8_sm90_store.cuh.
 #pragma once
 #include "sm90.cuh"
 
@@ -25,7 +27,7 @@ constexpr int kMaxStages = 24;
 enum class Shared { kX, kY };  // what the CTAs of a cluster have in common
 
 // kScalesX: scales of x a stage. kRows of them are one a row, otherwise one holds for the tile. kScalesY: the same of
-// y, where two are those of the scale block that the tile begins in and of the next one.
+// y, where two are those of the scale block that the tile begins in and of the next one. Only those of rows are staged.
 // Out: what the result is staged in, void where it is not staged.
 // kReserved: bytes of shared memory for the kernel's own purposes.
 template <class Out>
@@ -42,9 +44,11 @@ struct Config {
   static constexpr bool kSharesX = kCluster > 1 && kShared_ == Shared::kX, kSharesY = kCluster > 1 && !kSharesX;
   static constexpr bool kRowScales = kScalesX == kRows, kColScales = kScalesY == kCols;
   static constexpr bool kLateScales = kRowScales && kColScales;  // of y; too many to hold while wgmma runs
+  static constexpr int kBlockScales = kRowScales && kColScales ? 0 : kRowScales ? kScalesY : kScalesX;
   static constexpr int kRowGroups = kRows == kWaveRows ? 1 : 2;  // math warpgroups with rows of their own
   static constexpr bool kHalves = kRowGroups == 1;
   static constexpr int kWaves = kRows / (kRowGroups * kWaveRows);
+  static constexpr bool kTwoProducts = kWaves == 1 && !kHalves && !kLateScales && kCols <= 128;
   static constexpr int kThreads = 3 * kGroupThreads;
   static constexpr int kSums = kCols / 2;                          // a thread and wave
   static constexpr int kPart = kCols & -kCols;                     // columns that surely share a scale of y
@@ -53,9 +57,13 @@ struct Config {
   static constexpr int kStageBytes = (kRows + kCols) * kTileK;
   static constexpr int kSumsBytes = kRows * kCols * kStagedSize<Out>;
   static constexpr int kHalfBytes = kHalves ? kRows * kCols * 4 : 0;
+  // Of the scales of a stage's rows, which TMA puts at multiples of 128.
+  static constexpr int kStagedX = kRowScales ? ceil_div(kRows, 32) * 32 : 0;
+  static constexpr int kStagedY = kColScales ? ceil_div(kCols, 32) * 32 : 0;
+  static constexpr int kScaleBytes = ((kRowScales ? kRows : 0) + (kColScales ? kCols : 0)) * 4;
   static constexpr int kStages = [] {
-    const int room = kSharedBytes - kReserved - kSumsBytes - kHalfBytes - (kSumsBytes ? 64 : 1024);
-    const int stages = room / (kStageBytes + (kScalesX + kScalesY) * 4 + 16);
+    const int room = kSharedBytes - kReserved - kSumsBytes - kHalfBytes - (kSumsBytes ? 128 : 1024);
+    const int stages = room / (kStageBytes + (kStagedX + kStagedY) * 4 + 16);
     return stages < kMaxStages ? stages : kMaxStages;
   }();
   static_assert(kRows % (kRowGroups * kWaveRows) == 0 && kCols % 8 == 0 && kStages >= 3);
@@ -67,23 +75,26 @@ struct Config {
     alignas(1024) uint8_t y[kStages][kCols * kTileK];
     alignas(1024) uint8_t d[kRowGroups][kWaves][kSumsBytes ? kSumsBytes / (kRowGroups * kWaves) : 1];
     float half[kHalves ? kHalfBytes / 4 : 1];
-    alignas(16) float scale_x[kStages][kScalesX];
-    alignas(8) float scale_y[kStages][kScalesY];
+    alignas(128) float scale_x[kRowScales ? kStages : 1][kRowScales ? kStagedX : 1];
+    alignas(kColScales ? 128 : 4) float scale_y[kColScales ? kStages : 1][kColScales ? kStagedY : 1];
     alignas(8) uint64_t full[kStages];
     uint64_t empty[kStages];
   };
   static_assert(sizeof(Smem) + kReserved <= kSharedBytes);
 };
 
-// e4m3 in rows along k.
+// e4m3 in rows along k, and the scales of rows, [matrices, blocks of k, rows].
 struct OperandMaps {
-  TensorMap x, y;
+  TensorMap x, y, scale_x, scale_y;
+  bool scales;  // whether there are maps of the scales
 };
 
 // Scales of consecutive rows (or blocks of rows), from offset `first` of `base`; those past `count` read as zero.
+// `row`, `matrix`: where they begin in the tensor map.
 struct ScaleRows {
   const float* base;
   int64_t first, stride, stride_k, count;
+  int row = 0, matrix = 0;
 };
 
 // A Work hands out tiles: done(), next(), and tile() of this type or one derived from it.
@@ -129,9 +140,9 @@ DEVICE_FN int rank_in_cluster() {
 
 // By one thread; sync_cluster must follow.
 template <class C>
-DEVICE_FN void init_barriers(typename C::Smem& s) {
+DEVICE_FN void init_barriers(typename C::Smem& s, const OperandMaps& maps) {
   for (int i = 0; i < C::kStages; ++i) {
-    mbarrier_init(&s.full[i], 1 + 32);
+    mbarrier_init(&s.full[i], maps.scales ? 1 : 1 + 32);
     mbarrier_init(&s.empty[i], C::kRowGroups * 4 * C::kCluster);
     debug_name(&s.full[i], "full", i), debug_name(&s.empty[i], "empty", i);
   }
@@ -171,7 +182,15 @@ DEVICE_FN void load_tiles(typename C::Smem& s, const OperandMaps& maps, Work wor
       uint64_t* full = &s.full[r.stage];
       const int k = t.k0 + kb * kTileK;
       mbarrier_wait(&s.empty[r.stage], r.phase ^ 1);
-      mbarrier_arrive_and_expect_tx(full, C::kStageBytes + (BUG(expect_too_many_bytes) ? 16 : 0));
+      mbarrier_arrive_and_expect_tx(
+          full, C::kStageBytes + (maps.scales ? C::kScaleBytes : 0) + (BUG(expect_too_many_bytes) ? 16 : 0));
+      if (maps.scales) {
+        const int block = k / kTileK + (BUG(scales_of_next_block) ? 1 : 0);
+        if constexpr (C::kRowScales)
+          tma_load_3d(s.scale_x[r.stage], maps.scale_x, full, t.x_scales.row, block, t.x_scales.matrix);
+        if constexpr (C::kColScales)
+          tma_load_3d(s.scale_y[r.stage], maps.scale_y, full, t.y_scales.row, block, t.y_scales.matrix);
+      }
       load_operand<C::kRows, C::kRows / C::kBoxX>(s.x[r.stage], maps.x, full, k, t.x0, rank);
       load_operand<C::kCols, C::kCols / C::kBoxY>(s.y[r.stage], maps.y, full, k, t.y0, rank);
     }
@@ -215,8 +234,8 @@ DEVICE_FN void load_scales(typename C::Smem& s, Work work) {
 #pragma unroll 1
     for (int kb = 0; kb < t.k_blocks; ++kb, r.next()) {
       if (!BUG(scales_do_not_wait)) mbarrier_wait(&s.empty[r.stage], r.phase ^ 1);
-      x.load(s.scale_x[r.stage]);
-      y.load(s.scale_y[r.stage]);
+      if constexpr (C::kRowScales) x.load(s.scale_x[r.stage]);
+      if constexpr (C::kColScales) y.load(s.scale_y[r.stage]);
       cp_async_mbarrier_arrive(&s.full[r.stage]);
     }
   }
@@ -226,16 +245,61 @@ DEVICE_FN void load_scales(typename C::Smem& s, Work work) {
 // 8 * (i / 4) + 2 * (lane % 4) + i % 2.
 DEVICE_FN int wave_row() { return int(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4); }
 
+// The scales that hold for blocks of rows, of x or of y: those of the step at hand. The next step's are on their way.
+template <class C>
+class BlockScales {
+ public:
+  static constexpr int kScales = C::kBlockScales ? C::kBlockScales : 1;
+  static constexpr int kStep = C::kHalves ? 2 : 1;  // blocks of k from one step of a warpgroup to its next
+  float value[kScales];
+
+  DEVICE_FN BlockScales() {}
+  // At the first step of a tile.
+  DEVICE_FN void begin(const Tile& t, int group) {
+    if constexpr (C::kBlockScales > 0) {
+      const ScaleRows& rows = C::kRowScales ? t.y_scales : t.x_scales;
+      const int first = C::kHalves ? group : 0;
+      from_ = rows.base + rows.first + first * rows.stride_k;
+      to_second_ = rows.count > 1 || BUG(scale_block_past_the_end) ? rows.stride : 0;
+      step_ = kStep * rows.stride_k;
+      left_ = rows.count > 0 ? t.k_blocks - first : 0;  // a cluster's last tile may lie outside
+      load();
+    }
+  }
+  DEVICE_FN void next() {
+#pragma unroll
+    for (int i = 0; i < kScales; ++i) value[i] = next_[i];
+    if constexpr (C::kBlockScales > 0) load();
+  }
+
+ private:
+  DEVICE_FN void load() {
+    if (left_ <= 0 && !BUG(scales_past_the_last_step)) return;
+#pragma unroll
+    for (int i = 0; i < kScales; ++i) next_[i] = __ldg(from_ + i * to_second_);
+    from_ += step_, left_ -= kStep;
+  }
+  float next_[kScales];
+  const float* from_;
+  int64_t to_second_, step_;
+  int left_;
+};
+
 // What a thread multiplies the products of a stage and wave by.
 template <class C>
 struct StageScales {
   float x[2];
   float y[C::kLateScales ? 1 : C::kColScales ? C::kCols / 4 : C::kScalesY];
 
-  DEVICE_FN StageScales(const typename C::Smem& s, int stage, int first_row) {
-    const float* sx = &s.scale_x[stage][C::kRowScales ? first_row + wave_row() : 0];
-    x[0] = sx[0];
-    x[1] = sx[C::kRowScales ? (BUG(scale_of_next_row) ? 1 : 8) : 0];
+  DEVICE_FN StageScales() {}
+  DEVICE_FN StageScales(const typename C::Smem& s, int stage, int first_row, const BlockScales<C>& blocks) {
+    if constexpr (C::kRowScales) {
+      const float* sx = &s.scale_x[stage][first_row + wave_row()];
+      x[0] = sx[0];
+      x[1] = sx[BUG(scale_of_next_row) ? 1 : 8];
+    } else {
+      x[0] = x[1] = blocks.value[0];
+    }
     if constexpr (C::kLateScales) {
       y[0] = 0.f;
     } else if constexpr (C::kColScales) {
@@ -246,7 +310,7 @@ struct StageScales {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < C::kScalesY; ++i) y[i] = s.scale_y[stage][i];
+      for (int i = 0; i < C::kScalesY; ++i) y[i] = blocks.value[i];
     }
   }
   // Of accumulator i; the compiler finds what several have in common.
@@ -273,50 +337,110 @@ DEVICE_FN void add_scaled(const float* scale_y, const float (&scale_x)[2], const
   }
 }
 
+// Starts the multiplication of a stage's 64 rows from `first_row`.
+template <class C>
+DEVICE_FN void start_product(typename C::Smem& s, int stage, int first_row, float (&product)[C::kSums]) {
+  const uint64_t desc_x = desc_k_b128(s.x[stage] + first_row * kTileK, BUG(descriptor_stride_halved) ? 512 : 1024);
+  const uint64_t desc_y = desc_k_b128(s.y[stage]);
+  if (!BUG(wgmma_fence_missing)) wgmma_fence(product);
+#pragma unroll
+  for (int step = 0; step < kTileK / 32; ++step)
+    wgmma_e4m3<C::kCols>(product, desc_x + step * 2, desc_y + step * (BUG(k_step_doubled) ? 4 : 2), step != 0);
+  wgmma_commit();
+}
+
+// By every thread of a math warpgroup that has read all it needs of a stage.
+template <class C>
+DEVICE_FN void release_stage(typename C::Smem& s, int stage) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (C::kCluster == 1) {
+    if (lane == 0) mbarrier_arrive(&s.empty[stage]);
+  } else {
+    if (lane < C::kCluster) mbarrier_arrive_cluster_after_reads(&s.empty[stage], lane);
+  }
+}
+
+template <class C>
+DEVICE_FN void add_products(const StageScales<C>& scales, int boundary, const float (&product)[C::kSums],
+                            float (&sum)[C::kSums]) {
+#pragma unroll
+  for (int i = 0; i < C::kSums; ++i) sum[i] += scales.of(i, boundary) * product[i];
+}
+
 // sum[wave] += the scaled products of one tile, over all of its k, or over this warpgroup's half of the blocks.
 template <class C>
-DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group,
+DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group, BlockScales<C>& blocks,
                              float (&sum)[C::kWaves][C::kSums]) {
-  const int lane = threadIdx.x % 32;
   float product[C::kSums];
   for (int kb = 0; kb < t.k_blocks; ++kb, r.next()) {
     if (C::kHalves && kb % 2 != group) continue;
     if (!BUG(full_wait_missing)) mbarrier_wait(&s.full[r.stage], r.phase);
-    const uint64_t desc_y = desc_k_b128(s.y[r.stage]);
-    auto release = [&] {
-      if constexpr (C::kCluster == 1) {
-        if (lane == 0) mbarrier_arrive(&s.empty[r.stage]);
-      } else {
-        if (lane < C::kCluster) mbarrier_arrive_cluster_after_reads(&s.empty[r.stage], lane);
-      }
-    };
-    if (BUG(stage_released_early)) release();
+    if (BUG(stage_released_early)) release_stage<C>(s, r.stage);
+    blocks.next();
 #pragma unroll
     for (int wave = 0; wave < C::kWaves; ++wave) {
       const int first_row = ((C::kHalves ? 0 : group) * C::kWaves + wave) * kWaveRows;
-      const uint64_t desc_x =
-          desc_k_b128(s.x[r.stage] + first_row * kTileK, BUG(descriptor_stride_halved) ? 512 : 1024);
-      StageScales<C> scales(s, r.stage, first_row);
-      if (!BUG(wgmma_fence_missing)) wgmma_fence(product);
-#pragma unroll
-      for (int step = 0; step < kTileK / 32; ++step)
-        wgmma_e4m3<C::kCols>(product, desc_x + step * 2, desc_y + step * (BUG(k_step_doubled) ? 4 : 2), step != 0);
-      wgmma_commit();
+      StageScales<C> scales(s, r.stage, first_row, blocks);
+      start_product<C>(s, r.stage, first_row, product);
       if (!BUG(wgmma_wait_missing)) wgmma_wait<0>(product);
       const bool late = C::kLateScales && !BUG(late_scales_after_release);
-      if (wave == C::kWaves - 1 && !late && !BUG(stage_released_early) && !BUG(stage_never_released)) release();
-      if (BUG(scale_read_after_release)) scales = StageScales<C>(s, r.stage, first_row);
+      const bool releases = wave == C::kWaves - 1 && !BUG(stage_released_early) && !BUG(stage_never_released);
+      if (releases && !late) release_stage<C>(s, r.stage);
+      if (BUG(scale_read_after_release)) scales = StageScales<C>(s, r.stage, first_row, blocks);
       if constexpr (C::kLateScales) {
         add_scaled<C>(s.scale_y[r.stage], scales.x, product, sum[wave]);
-        if (wave == C::kWaves - 1 && late && !BUG(stage_released_early) && !BUG(stage_never_released)) {
+        if (releases && late) {
           if (!BUG(late_syncwarp_missing)) __syncwarp();
-          release();
+          release_stage<C>(s, r.stage);
         }
       } else {
-#pragma unroll
-        for (int i = 0; i < C::kSums; ++i) sum[wave][i] += scales.of(i, t.boundary) * product[i];
+        add_products<C>(scales, t.boundary, product, sum[wave]);
       }
     }
+  }
+}
+
+// The same with two products under way: the tensor core never waits for their scaling.
+template <class C>
+DEVICE_FN void multiply_tile_ahead(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group,
+                                   BlockScales<C>& blocks, float (&sum)[C::kWaves][C::kSums]) {
+  struct Step {
+    float product[C::kSums];
+    int stage;
+    StageScales<C> scales;
+  } even, odd;
+  auto start = [&](Step& step) {
+    if (!BUG(full_wait_missing)) mbarrier_wait(&s.full[r.stage], r.phase);
+    blocks.next();
+    step.stage = r.stage;
+    step.scales = StageScales<C>(s, r.stage, group * kWaveRows, blocks);
+    start_product<C>(s, r.stage, group * kWaveRows, step.product);
+    r.next();
+  };
+  auto add = [&](Step& step) {
+    if (!BUG(stage_never_released)) release_stage<C>(s, step.stage);
+    add_products<C>(step.scales, t.boundary, step.product, sum[0]);
+  };
+  if (t.k_blocks == 0) return;
+  start(even);
+  int left = t.k_blocks;
+  for (; left > 2; left -= 2) {
+    start(odd);
+    if (!BUG(older_product_not_awaited)) wgmma_wait<1>(even.product);
+    add(even);
+    start(even);
+    wgmma_wait<1>(odd.product);
+    add(odd);
+  }
+  if (left == 2) {
+    start(odd);
+    wgmma_wait<1>(even.product);
+    add(even);
+    wgmma_wait<0>(odd.product);
+    add(odd);
+  } else {
+    wgmma_wait<0>(even.product);
+    add(even);
   }
 }
 
@@ -348,18 +472,29 @@ DEVICE_FN void work_in_roles(typename C::Smem& s, const OperandMaps& maps, const
     if (warp % 4 == 0) {
       if (elect_one()) load_tiles<C>(s, maps, make_work());
     } else if (warp % 4 == 1) {
-      load_scales<C>(s, make_work());
+      if (!maps.scales) load_scales<C>(s, make_work());
     } else {
       spare(int(threadIdx.x) % 64);
     }
   } else {
     reg_inc<224>();
     Ring<C::kStages> r;
-    for (auto work = make_work(); !work.done(); work.next()) {
+    BlockScales<C> blocks;
+    auto work = make_work();
+    bool more = !work.done();
+    if (more) blocks.begin(work.tile(), group);
+    while (more) {
       const auto t = work.tile();
       float sum[C::kWaves][C::kSums] = {};
-      multiply_tile<C>(s, r, t, group, sum);
+      if constexpr (C::kTwoProducts) {
+        multiply_tile_ahead<C>(s, r, t, group, blocks, sum);
+      } else {
+        multiply_tile<C>(s, r, t, group, blocks, sum);
+      }
       if constexpr (C::kHalves) add_halves<C>(s, group, sum[0]);
+      work.next();
+      more = !work.done();
+      if (more) blocks.begin(work.tile(), group);
       if (!C::kHalves || group == 0) finish(t, group, sum);
     }
     if (threadIdx.x % kGroupThreads == 0) tma_store_wait<0>();

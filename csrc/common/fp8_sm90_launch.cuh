@@ -16,13 +16,40 @@ struct Matrix {
   int64_t rows, columns, ld;
 };
 
+// fp32 [matrices, rows, blocks] with these strides in elements.
+struct RowScales {
+  const float* data;
+  int64_t matrices, rows, blocks, stride_matrix, stride_row, stride_block;
+
+  bool can_be_mapped() const {
+    const bool whole = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_block % 4 == 0 && stride_matrix % 4 == 0;
+    return stride_row == 1 && whole && stride_block >= rows && (matrices == 1 || stride_matrix >= rows);
+  }
+  TensorMap map(int box) const {
+    const int64_t between = matrices == 1 ? stride_block * blocks : stride_matrix;
+    return tensor_map_3d(data, {Element::kFp32, rows, blocks, matrices, stride_block, between, box, 1, 1,
+                                Swizzle::kNone});
+  }
+};
+
 template <class C>
-MatmulMaps matmul_maps(const Matrix& a, const Matrix& b, const Matrix& d) {
+OperandMaps operand_maps(const Matrix& x, const Matrix& y) {
+  OperandMaps maps{};
+  maps.x = tensor_map_2d(x.data, {Element::kE4m3, x.columns, x.rows, x.ld, kTileK, C::kBoxX, Swizzle::k128});
+  maps.y = tensor_map_2d(y.data, {Element::kE4m3, y.columns, y.rows, y.ld, kTileK, C::kBoxY, Swizzle::k128});
+  return maps;
+}
+
+template <class C>
+MatmulMaps matmul_maps(const Matrix& a, const RowScales& scale_a, const Matrix& b, const Matrix& d) {
   constexpr Element kOut = C::kSize == 2 ? Element::kBf16 : Element::kFp32;
-  const Matrix &x = C::kSwap ? b : a, &y = C::kSwap ? a : b;
-  return {{tensor_map_2d(x.data, {Element::kE4m3, x.columns, x.rows, x.ld, kTileK, C::kBoxX, Swizzle::k128}),
-           tensor_map_2d(y.data, {Element::kE4m3, y.columns, y.rows, y.ld, kTileK, C::kBoxY, Swizzle::k128})},
-          tensor_map_2d(d.data, {kOut, d.columns, d.rows, d.ld, C::kBoxN, C::kBoxM, C::kSwizzle})};
+  MatmulMaps maps = {operand_maps<C>(C::kSwap ? b : a, C::kSwap ? a : b),
+                     tensor_map_2d(d.data, {kOut, d.columns, d.rows, d.ld, C::kBoxN, C::kBoxM, C::kSwizzle})};
+  if (scale_a.can_be_mapped()) {
+    maps.operands.scales = true;
+    (C::kSwap ? maps.operands.scale_y : maps.operands.scale_x) = scale_a.map(C::kTileM);
+  }
+  return maps;
 }
 
 template <class C, class Params>

@@ -111,7 +111,8 @@ class Work {
     const int64_t scale_b =
         (BUG(scale_b_of_first_group) ? 0 : group_ * p_.scale_b_stride_g) + block_n * p_.scale_b_stride_n;
     return matmul_tile<C>(a0, n0 + (BUG(weights_of_first_group) ? 0 : group_ * int(p_.b_group_rows)), p_.k,
-                          {p_.scale_a, scale_a, p_.scale_a_stride_m, p_.scale_a_stride_k, rows - m0},
+                          {p_.scale_a, scale_a, p_.scale_a_stride_m, p_.scale_a_stride_k, rows - m0,
+                           p_.masked ? m0 : row, p_.masked ? group_ : 0},
                           {p_.scale_b, scale_b, p_.scale_b_stride_n, p_.scale_b_stride_k,
                            ceil_div<int64_t>(p_.n, kScaleBlockN) - block_n},
                           row, n0, rows - m0);
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto& s = *reinterpret_cast<Smem<C>*>(raw_smem);
   if (threadIdx.x / 32 == 0 && elect_one()) {
     prefetch_tensor_map(maps.operands.x), prefetch_tensor_map(maps.operands.y), prefetch_tensor_map(maps.d);
-    init_barriers<C>(s.pipeline);
+    init_barriers<C>(s.pipeline, maps.operands);
   }
   grid_dependency_wait();
   find_groups<C>(s.groups, p);

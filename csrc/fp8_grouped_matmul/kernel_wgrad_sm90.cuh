@@ -81,7 +81,7 @@ class WgradWork {
   }
   DEVICE_FN ScaleRows scale_rows(const float* base, int row, int64_t stride, int64_t stride_c, int64_t rows) const {
     const int block = BUG(scales_of_first_block) ? 0 : first_block_;
-    return {base, row * stride + block * stride_c, stride, stride_c, rows - row};
+    return {base, row * stride + block * stride_c, stride, stride_c, rows - row, row};
   }
   // Those of the experts up to the tile's.
   DEVICE_FN void find_blocks() {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto& s = *reinterpret_cast<typename C::Smem*>(raw_smem);
   if (threadIdx.x / 32 == 0 && elect_one()) {
     prefetch_tensor_map(maps.x), prefetch_tensor_map(maps.y);
-    init_barriers<C>(s);
+    init_barriers<C>(s, maps);
   }
   sync_cluster<C>();
   if (!BUG(dependency_wait_missing)) grid_dependency_wait();

@@ -1,5 +1,4 @@
-#include "common/launch.cuh"
-#include "common/tensor_map.cuh"
+#include "common/fp8_sm90_launch.cuh"
 #include "kernel_wgrad_sm90.cuh"
 
 namespace deepseek_kernels {
@@ -11,9 +10,14 @@ template <class C>
 bool launch_if_asked_for(const Fp8GroupedWgradParams& p) {
   if (p.tile_m != C::kTileM || p.tile_n != C::kTileN || p.cluster_m != C::kClusterM || p.cluster_n != C::kClusterN)
     return false;
-  const OperandMaps maps = {
-      tensor_map_2d(p.grad_t, {Element::kE4m3, p.columns, p.n, p.ld_grad, kTileK, C::kBoxX, Swizzle::k128}),
-      tensor_map_2d(p.a_t, {Element::kE4m3, p.columns, p.k, p.ld_a, kTileK, C::kBoxY, Swizzle::k128})};
+  OperandMaps maps = operand_maps<C>({p.grad_t, p.n, p.columns, p.ld_grad}, {p.a_t, p.k, p.columns, p.ld_a});
+  const int64_t blocks = ceil_div<int64_t>(p.columns, kTileK);
+  const RowScales scale_grad = {p.scale_grad, 1, p.n, blocks, 0, p.scale_grad_stride_n, p.scale_grad_stride_c};
+  const RowScales scale_a = {p.scale_a, 1, p.k, blocks, 0, p.scale_a_stride_k, p.scale_a_stride_c};
+  if (scale_grad.can_be_mapped() && scale_a.can_be_mapped()) {
+    maps.scales = true;
+    maps.scale_x = scale_grad.map(C::kTileM), maps.scale_y = scale_a.map(C::kTileN);
+  }
   LaunchConfig config{};
   config.grid_x = p.ctas;
   config.threads = C::kThreads;

@@ -32,7 +32,7 @@ class Work {
     const int n0 = (raster_.column(index_) * C::kClusterN + (C::kClusterN > 1 ? rank_ : 0)) * C::kTileN;
     const int block_n = (BUG(scale_b_of_m_tile) ? m0 : n0) / kScaleBlockN;
     const ScaleRows a_scales = {p_.scale_a, m0 * p_.scale_a_stride_m, p_.scale_a_stride_m, p_.scale_a_stride_k,
-                                p_.m - m0};
+                                p_.m - m0, m0};
     const ScaleRows b_scales = {p_.scale_b, block_n * p_.scale_b_stride_n, p_.scale_b_stride_n, p_.scale_b_stride_k,
                                 ceil_div<int64_t>(p_.n, kScaleBlockN) - block_n};
     return matmul_tile<C>(m0, n0, p_.k, a_scales, b_scales, m0, n0, int(p_.m - m0));
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto& s = *reinterpret_cast<typename C::Smem*>(raw_smem);
   if (threadIdx.x / 32 == 0 && elect_one()) {
     prefetch_tensor_map(maps.operands.x), prefetch_tensor_map(maps.operands.y), prefetch_tensor_map(maps.d);
-    init_barriers<C>(s);
+    init_barriers<C>(s, maps.operands);
   }
   sync_cluster<C>();
   if (!BUG(dependency_wait_missing)) grid_dependency_wait();

@@ -47,9 +47,9 @@ class Tile:
 
 def stages(t: Tile, out_bytes: int, reserved: int = 0) -> int:
     """Of 128 along k, that fit beside the staged result and `reserved` bytes."""
-    scales = t.tile_m + (1 if BLOCK % t.tile_n == 0 else 2)
+    scales = 32 * ceil_div(t.tile_m, 32)
     halves = t.tile_m * t.tile_n * 4 if t.rows == GROUP_ROWS else 0
-    room = SHARED_MEMORY - reserved - t.tile_m * t.tile_n * out_bytes - halves - 64
+    room = SHARED_MEMORY - reserved - t.tile_m * t.tile_n * out_bytes - halves - 128
     return min(room // ((t.tile_m + t.tile_n) * BLOCK + 4 * scales + 16), MAX_STAGES)
 
 
