@@ -179,7 +179,7 @@ void bind_fp8_matmul(py::module_& m) {
       [](address a, address scale_a, address b, address scale_b, address bias, address d, int64_t m, int64_t n,
          int64_t k, int64_t lda, int64_t ldb, int64_t ldd, int64_t scale_a_stride_m, int64_t scale_a_stride_k,
          int64_t scale_b_stride_n, int64_t scale_b_stride_k, int out_dtype, int bias_dtype, bool accumulate, int tile_m,
-         int tile_n, int cluster_m, int cluster_n, bool swap, int raster, int ctas, address stream) {
+         int tile_n, int cluster_m, int cluster_n, int cluster_k, bool swap, int raster, int ctas, address stream) {
         launch_fp8_matmul({at<void>(a),
                            at<float>(scale_a),
                            at<void>(b),
@@ -203,6 +203,7 @@ void bind_fp8_matmul(py::module_& m) {
                            tile_n,
                            cluster_m,
                            cluster_n,
+                           cluster_k,
                            swap,
                            raster,
                            ctas,
@@ -210,11 +211,12 @@ void bind_fp8_matmul(py::module_& m) {
       },
       kw_only(), "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "bias"_a, "d"_a, "m"_a, "n"_a, "k"_a, "lda"_a, "ldb"_a,
       "ldd"_a, "scale_a_stride_m"_a, "scale_a_stride_k"_a, "scale_b_stride_n"_a, "scale_b_stride_k"_a, "out_dtype"_a,
-      "bias_dtype"_a, "accumulate"_a, "tile_m"_a, "tile_n"_a, "cluster_m"_a, "cluster_n"_a, "swap"_a, "raster"_a,
-      "ctas"_a, "stream"_a, release_gil());
+      "bias_dtype"_a, "accumulate"_a, "tile_m"_a, "tile_n"_a, "cluster_m"_a, "cluster_n"_a, "cluster_k"_a, "swap"_a,
+      "raster"_a, "ctas"_a, "stream"_a, release_gil());
   py::list instances;
   for (const Fp8MatmulInstance& i : fp8_matmul_instances())
-    instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.swap, i.stages));
+    instances.append(
+        py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.swap, i.cluster_k, i.stages));
   m.attr("fp8_matmul_instances") = py::tuple(instances);
 }
 

@@ -20,9 +20,9 @@ cuda_version: int
 ops: tuple[str, ...]
 """The functions below that were compiled in. `fp8_matmul` needs "90a" among the architectures."""
 
-fp8_matmul_instances: tuple[tuple[int, int, int, int, int, bool, int], ...]
-"""What `fp8_matmul` was compiled for: (out_dtype, tile_m, tile_n, cluster_m, cluster_n, swap), and the stages of each.
-Only there if it is in `ops`."""
+fp8_matmul_instances: tuple[tuple[int, int, int, int, int, bool, int, int], ...]
+"""What `fp8_matmul` was compiled for: (out_dtype, tile_m, tile_n, cluster_m, cluster_n, swap, cluster_k), and the
+stages of each. Only there if it is in `ops`."""
 
 def fp8_quantize(
     *,
@@ -225,6 +225,7 @@ def fp8_matmul(
     tile_n: int,
     cluster_m: int,
     cluster_n: int,
+    cluster_k: int,
     swap: bool,
     raster: int,
     ctas: int,
@@ -236,13 +237,14 @@ def fp8_matmul(
     `out_dtype` BF16 or FP32; bias of `bias_dtype` BF16 or FP32, may be 0. sm_90a only.
     Needs a, b, d 16-byte aligned, lda % 16 == 0, ldb % 16 == 0, ldd * itemsize % 16 == 0, k % 16 == 0, n % 8 == 0.
     `accumulate` adds that to d. Anything not among `fp8_matmul_instances` raises. `ctas` CTAs run, a multiple of the
-    cluster: cluster_m tiles along m fetch their rows of b for each other, cluster_n along n their rows of a; one of the
-    two is 1. `swap`: b is the operand that wgmma takes 64 rows of. `raster` >= 1: that many rows of clusters are walked
-    before the next column of tiles, so that their operands stay in L2.
+    cluster: cluster_m tiles along m fetch their rows of b for each other, cluster_n along n their rows of a, cluster_k
+    CTAs share out the k of a tile; two of the three are 1. `swap`: b is the operand that wgmma takes 64 rows of.
+    `raster` >= 1: that many rows of clusters are walked before the next column of tiles, so that their operands stay in
+    L2.
     """
 
 fp8_grouped_matmul_instances: tuple[tuple[int, int, int, int, int, bool, int], ...]
-"""As `fp8_matmul_instances`."""
+"""As `fp8_matmul_instances`, without cluster_k."""
 
 def fp8_grouped_matmul(
     *,

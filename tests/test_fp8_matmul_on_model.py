@@ -35,8 +35,8 @@ def matmul_problem(m, n, k):
 
 
 def run_matmul(
-    model, m, n, k, *, tile=(128, 192), cluster=(1, 1), swap=False, ctas=2, raster=2, out_dtype=torch.bfloat16,
-    bias_dtype=None, accumulate=False, mn_major=True, ld_pad=0,
+    model, m, n, k, *, tile=(128, 192), cluster=(1, 1), cluster_k=1, swap=False, ctas=2, raster=2,
+    out_dtype=torch.bfloat16, bias_dtype=None, accumulate=False, mn_major=True, ld_pad=0,
 ):  # fmt: skip
     a, scale_a, b, scale_b, exact, magnitude = matmul_problem(m, n, k)
     if bias_dtype is not None:
@@ -57,7 +57,7 @@ def run_matmul(
         ldb=b.stride(0), ldd=d.stride(0), scale_a_stride_m=scale_a.stride(0), scale_a_stride_k=scale_a.stride(1),
         scale_b_stride_n=scale_b.stride(0), scale_b_stride_k=scale_b.stride(1), out_dtype=harness.DTYPES[out_dtype],
         bias_dtype=harness.DTYPES[bias_dtype or out_dtype], accumulate=accumulate, tile_m=tile[0], tile_n=tile[1],
-        cluster_m=cluster[0], cluster_n=cluster[1], swap=swap, raster=raster, ctas=ctas, stream=0,
+        cluster_m=cluster[0], cluster_n=cluster[1], cluster_k=cluster_k, swap=swap, raster=raster, ctas=ctas, stream=0,
     )  # fmt: skip
     error = (d.double() - exact).abs()
     step = exact.abs() / 256 if out_dtype == torch.bfloat16 else 0
@@ -88,10 +88,10 @@ def test_fp8_matmul(model, m, n, k, ctas, tile, cluster):
 
 def instances(model):
     dtypes = {code: dtype for dtype, code in harness.DTYPES.items()}
-    for out_dtype, tile_m, tile_n, cluster_m, cluster_n, swap, _ in model.fp8_matmul_instances:
+    for out_dtype, tile_m, tile_n, cluster_m, cluster_n, swap, cluster_k, _ in model.fp8_matmul_instances:
         yield dict(
             out_dtype=dtypes[out_dtype], tile=(tile_m, tile_n), cluster=(cluster_m, cluster_n), swap=swap,
-            ctas=cluster_m * cluster_n,
+            cluster_k=cluster_k, ctas=cluster_m * cluster_n * cluster_k,
         )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_every_instance_of_fp8_matmul(model):
 
 def test_fp8_matmul_says_what_it_cannot_do(model):
     model.configure()
-    with pytest.raises(RuntimeError, match="no instance for out_dtype 2, tile 128x96, cluster 1x1, swapped"):
+    with pytest.raises(RuntimeError, match="no instance for out_dtype 2, tile 128x96, cluster 1x1x1, swapped"):
         run_matmul(model, 1, 8, 16, tile=(128, 96), swap=True)
     with pytest.raises(RuntimeError, match=r"wanted .*n % 8 == 0.*, got n = 12"):
         run_matmul(model, 1, 12, 16)
@@ -175,6 +175,12 @@ def test_last_cluster_sync_of_fp8_matmul(model):
 @pytest.mark.parametrize("bug", ["half_not_awaited", "half_overwritten"])
 def test_bugs_of_tiles_whose_steps_two_warpgroups_share(model, bug):
     run = functools.partial(run_matmul, model, 16, 520, 272, tile=(16, 64), swap=True, ctas=1)
+    harness.assert_caught(run, bug)
+
+
+@pytest.mark.parametrize("bug", ["shares_not_awaited", "shares_overwritten"])
+def test_bugs_of_clusters_that_share_out_k(model, bug):
+    run = functools.partial(run_matmul, model, 16, 520, 1040, tile=(16, 64), swap=True, cluster_k=4, ctas=4)
     harness.assert_caught(run, bug)
 
 

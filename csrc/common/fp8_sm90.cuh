@@ -24,7 +24,8 @@ constexpr int kGroupThreads = 128;
 constexpr int kSharedBytes = 232448;  // of a CTA on sm_90
 constexpr int kMaxStages = 24;
 
-enum class Shared { kX, kY };  // what the CTAs of a cluster have in common
+// What the CTAs of a cluster have in common. Of a tile each multiplies its own share of k.
+enum class Shared { kX, kY, kTile };
 
 // kScalesX: scales of x a stage. kRows of them are one a row, otherwise one holds for the tile. kScalesY: the same of
 // y, where two are those of the scale block that the tile begins in and of the next one. Only those of rows are staged.
@@ -41,7 +42,10 @@ struct Config {
   using Out = Out_;
   static constexpr int kRows = kRows_, kCols = kCols_, kScalesX = kScalesX_, kScalesY = kScalesY_;
   static constexpr int kCluster = kCluster_;
-  static constexpr bool kSharesX = kCluster > 1 && kShared_ == Shared::kX, kSharesY = kCluster > 1 && !kSharesX;
+  static constexpr bool kSharesX = kCluster > 1 && kShared_ == Shared::kX;
+  static constexpr bool kSharesY = kCluster > 1 && kShared_ == Shared::kY;
+  static constexpr int kShares = kCluster > 1 && kShared_ == Shared::kTile ? kCluster : 1;  // of k
+  static constexpr int kFetchers = kCluster / kShares;                                      // CTAs that fill a stage
   static constexpr bool kRowScales = kScalesX == kRows, kColScales = kScalesY == kCols;
   static constexpr bool kLateScales = kRowScales && kColScales;  // of y; too many to hold while wgmma runs
   static constexpr int kBlockScales = kRowScales && kColScales ? 0 : kRowScales ? kScalesY : kScalesX;
@@ -56,17 +60,18 @@ struct Config {
   static constexpr int kBoxY = kCols / (kSharesY ? kCluster : 1);
   static constexpr int kStageBytes = (kRows + kCols) * kTileK;
   static constexpr int kSumsBytes = kRows * kCols * kStagedSize<Out>;
-  static constexpr int kHalfBytes = kHalves ? kRows * kCols * 4 : 0;
+  static constexpr int kHalfBytes = kHalves ? kRows * kCols * 4 * kShares : 0;  // also those of the other shares
   // Of the scales of a stage's rows, which TMA puts at multiples of 128.
   static constexpr int kStagedX = kRowScales ? ceil_div(kRows, 32) * 32 : 0;
   static constexpr int kStagedY = kColScales ? ceil_div(kCols, 32) * 32 : 0;
   static constexpr int kScaleBytes = ((kRowScales ? kRows : 0) + (kColScales ? kCols : 0)) * 4;
   static constexpr int kStages = [] {
-    const int room = kSharedBytes - kReserved - kSumsBytes - kHalfBytes - (kSumsBytes ? 128 : 1024);
+    const int room = kSharedBytes - kReserved - kSumsBytes - kHalfBytes - (kSumsBytes ? 144 : 1024);
     const int stages = room / (kStageBytes + (kStagedX + kStagedY) * 4 + 16);
     return stages < kMaxStages ? stages : kMaxStages;
   }();
   static_assert(kRows % (kRowGroups * kWaveRows) == 0 && kCols % 8 == 0 && kStages >= 3);
+  static_assert(kShares == 1 || kHalves);
   static_assert(kScalesX == 1 || kRowScales);
   static_assert(kScalesY == 1 || kScalesY == 2 || kColScales);
 
@@ -74,11 +79,13 @@ struct Config {
     alignas(1024) uint8_t x[kStages][kRows * kTileK];
     alignas(1024) uint8_t y[kStages][kCols * kTileK];
     alignas(1024) uint8_t d[kRowGroups][kWaves][kSumsBytes ? kSumsBytes / (kRowGroups * kWaves) : 1];
-    float half[kHalves ? kHalfBytes / 4 : 1];
+    float half[kHalves ? kRows * kCols : 1];
+    float share[kShares > 1 ? kShares - 1 : 1][kShares > 1 ? kRows * kCols : 1];
     alignas(128) float scale_x[kRowScales ? kStages : 1][kRowScales ? kStagedX : 1];
     alignas(kColScales ? 128 : 4) float scale_y[kColScales ? kStages : 1][kColScales ? kStagedY : 1];
     alignas(8) uint64_t full[kStages];
     uint64_t empty[kStages];
+    uint64_t shares_full, shares_empty;
   };
   static_assert(sizeof(Smem) + kReserved <= kSharedBytes);
 };
@@ -143,8 +150,13 @@ template <class C>
 DEVICE_FN void init_barriers(typename C::Smem& s, const OperandMaps& maps) {
   for (int i = 0; i < C::kStages; ++i) {
     mbarrier_init(&s.full[i], maps.scales ? 1 : 1 + 32);
-    mbarrier_init(&s.empty[i], C::kRowGroups * 4 * C::kCluster);
+    mbarrier_init(&s.empty[i], C::kRowGroups * 4 * C::kFetchers);
     debug_name(&s.full[i], "full", i), debug_name(&s.empty[i], "empty", i);
+  }
+  if constexpr (C::kShares > 1) {
+    mbarrier_init(&s.shares_full, (C::kShares - 1) * kGroupThreads);
+    mbarrier_init(&s.shares_empty, 4);
+    debug_name(&s.shares_full, "shares_full", 0), debug_name(&s.shares_empty, "shares_empty", 0);
   }
   if (!BUG(fence_barrier_init_missing)) fence_barrier_init();
 }
@@ -353,10 +365,10 @@ DEVICE_FN void start_product(typename C::Smem& s, int stage, int first_row, floa
 template <class C>
 DEVICE_FN void release_stage(typename C::Smem& s, int stage) {
   const int lane = threadIdx.x % 32;
-  if constexpr (C::kCluster == 1) {
+  if constexpr (C::kFetchers == 1) {
     if (lane == 0) mbarrier_arrive(&s.empty[stage]);
   } else {
-    if (lane < C::kCluster) mbarrier_arrive_cluster_after_reads(&s.empty[stage], lane);
+    if (lane < C::kFetchers) mbarrier_arrive_cluster_after_reads(&s.empty[stage], lane);
   }
 }
 
@@ -460,6 +472,26 @@ DEVICE_FN void add_halves(typename C::Smem& s, int group, float (&sum)[C::kSums]
   if (!BUG(half_overwritten)) named_barrier_sync(3, 2 * kGroupThreads);
 }
 
+// The sums of a tile of the cluster's first CTA become those of all, always in this order. By a warpgroup of each.
+template <class C>
+DEVICE_FN void add_shares(typename C::Smem& s, uint32_t& phase, float (&sum)[C::kSums]) {
+  const int thread = threadIdx.x % kGroupThreads, rank = rank_in_cluster<C>();
+  if (rank > 0) {
+    if (!BUG(shares_overwritten)) mbarrier_wait_cluster(&s.shares_empty, phase ^ 1);
+#pragma unroll
+    for (int i = 0; i < C::kSums; ++i) store_cluster(&s.share[rank - 1][i * kGroupThreads + thread], 0, sum[i]);
+    mbarrier_arrive_cluster(&s.shares_full, 0);
+  } else {
+    if (!BUG(shares_not_awaited)) mbarrier_wait_cluster(&s.shares_full, phase);
+    for (int other = 0; other < C::kShares - 1; ++other)
+#pragma unroll
+      for (int i = 0; i < C::kSums; ++i) sum[i] += s.share[other][i * kGroupThreads + thread];
+    __syncwarp();
+    if (thread % 32 < C::kShares - 1) mbarrier_arrive_cluster_after_reads(&s.shares_empty, 1 + thread % 32);
+  }
+  phase ^= 1;
+}
+
 // Every thread of the kernel, after sync_cluster. make_work() gives the CTA's Work, finish(tile, group, sum) is called
 // by each math warpgroup for each tile, spare(thread) by the 64 threads that neither load nor multiply.
 template <class C, class MakeWork, class Finish, class Spare>
@@ -479,6 +511,7 @@ DEVICE_FN void work_in_roles(typename C::Smem& s, const OperandMaps& maps, const
   } else {
     reg_inc<224>();
     Ring<C::kStages> r;
+    uint32_t shares_phase = 0;
     BlockScales<C> blocks;
     auto work = make_work();
     bool more = !work.done();
@@ -492,10 +525,13 @@ DEVICE_FN void work_in_roles(typename C::Smem& s, const OperandMaps& maps, const
         multiply_tile<C>(s, r, t, group, blocks, sum);
       }
       if constexpr (C::kHalves) add_halves<C>(s, group, sum[0]);
+      if constexpr (C::kShares > 1) {
+        if (group == 0) add_shares<C>(s, shares_phase, sum[0]);
+      }
       work.next();
       more = !work.done();
       if (more) blocks.begin(work.tile(), group);
-      if (!C::kHalves || group == 0) finish(t, group, sum);
+      if ((!C::kHalves || group == 0) && (C::kShares == 1 || rank_in_cluster<C>() == 0)) finish(t, group, sum);
     }
     if (threadIdx.x % kGroupThreads == 0) tma_store_wait<0>();
   }

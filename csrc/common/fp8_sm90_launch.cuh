@@ -1,6 +1,6 @@
 // The host side of what fp8_matmul and fp8_grouped_matmul have in common on Hopper: tensor maps, and the instance that
-// was asked for among those that are compiled. `Params` has tile_m, tile_n, cluster_m, cluster_n, swap, out_dtype, ctas
-// and stream.
+// was asked for among those that are compiled. `Params` has tile_m, tile_n, cluster_m, cluster_n, cluster_k, swap,
+// out_dtype, ctas and stream.
 #pragma once
 #include <vector>
 
@@ -27,8 +27,8 @@ struct RowScales {
   }
   TensorMap map(int box) const {
     const int64_t between = matrices == 1 ? stride_block * blocks : stride_matrix;
-    return tensor_map_3d(data, {Element::kFp32, rows, blocks, matrices, stride_block, between, box, 1, 1,
-                                Swizzle::kNone});
+    return tensor_map_3d(data,
+                         {Element::kFp32, rows, blocks, matrices, stride_block, between, box, 1, 1, Swizzle::kNone});
   }
 };
 
@@ -70,7 +70,7 @@ constexpr Dtype kOutDtype = C::kSize == 2 ? Dtype::kBf16 : Dtype::kFp32;
 template <class C, class Params>
 bool is_asked_for(const Params& p) {
   return p.out_dtype == kOutDtype<C> && p.tile_m == C::kTileM && p.tile_n == C::kTileN && p.cluster_m == C::kClusterM &&
-         p.cluster_n == C::kClusterN && p.swap == C::kSwap;
+         p.cluster_n == C::kClusterN && p.cluster_k == C::kClusterK && p.swap == C::kSwap;
 }
 
 // launch_instance<Config>(params) of the first of `Configs` that is asked for.
@@ -79,7 +79,7 @@ struct Compiled {
   template <class Instance>
   static void list(std::vector<Instance>& into) {
     (into.push_back({kOutDtype<Configs>, Configs::kTileM, Configs::kTileN, Configs::kClusterM, Configs::kClusterN,
-                     Configs::kSwap, Configs::kStages}),
+                     Configs::kSwap, Configs::kClusterK, Configs::kStages}),
      ...);
   }
   template <class Params, class Launch>

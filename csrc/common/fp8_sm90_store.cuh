@@ -15,14 +15,21 @@ constexpr int kScaleBlockN = 128;
 
 constexpr int scales_of_b(int tile_n) { return kScaleBlockN % tile_n == 0 ? 1 : 2; }
 
-// A cluster has the rows of b in common where its tiles lie along m, the rows of a where they lie along n.
+// A cluster has the rows of b in common where its tiles lie along m, the rows of a where they lie along n, and one tile
+// where it lies along k.
+constexpr Shared shared_in_cluster(int cluster_m, int cluster_n, int cluster_k, bool swap) {
+  return cluster_k > 1 ? Shared::kTile : (cluster_m > cluster_n) == swap ? Shared::kX : Shared::kY;
+}
+
 // kSwap: b, the weights, are x; tiles of few rows of a then cost no more than they must.
-template <class Out, int kTileM_, int kTileN_, int kClusterM_, int kClusterN_, bool kSwap_, int kReserved = 0>
+template <class Out, int kTileM_, int kTileN_, int kClusterM_, int kClusterN_, bool kSwap_, int kReserved = 0,
+          int kClusterK_ = 1>
 struct MatmulConfig
     : Config<Out, kSwap_ ? kTileN_ : kTileM_, kSwap_ ? kTileM_ : kTileN_, kSwap_ ? scales_of_b(kTileN_) : kTileM_,
-             kSwap_ ? kTileM_ : scales_of_b(kTileN_), kClusterM_ * kClusterN_,
-             (kClusterM_ > kClusterN_) == kSwap_ ? Shared::kX : Shared::kY, kReserved> {
-  static constexpr int kTileM = kTileM_, kTileN = kTileN_, kClusterM = kClusterM_, kClusterN = kClusterN_;
+             kSwap_ ? kTileM_ : scales_of_b(kTileN_), kClusterM_ * kClusterN_ * kClusterK_,
+             shared_in_cluster(kClusterM_, kClusterN_, kClusterK_, kSwap_), kReserved> {
+  static constexpr int kTileM = kTileM_, kTileN = kTileN_;
+  static constexpr int kClusterM = kClusterM_, kClusterN = kClusterN_, kClusterK = kClusterK_;
   static constexpr bool kSwap = kSwap_;
   static constexpr int kSize = int(sizeof(Out));
   static constexpr int kSpanN = kSwap ? kWaveRows : kTileN;  // columns of a wave
@@ -35,7 +42,8 @@ struct MatmulConfig
                                       : kBoxRowBytes == 64 ? Swizzle::k64
                                       : kBoxRowBytes == 32 ? Swizzle::k32
                                                            : Swizzle::kNone;
-  static_assert((kClusterM == 1 || kClusterN == 1) && kSpanN % kBoxN == 0 && kBoxRowBytes % 16 == 0);
+  static_assert((kClusterM > 1) + (kClusterN > 1) + (kClusterK > 1) <= 1);
+  static_assert(kSpanN % kBoxN == 0 && kBoxRowBytes % 16 == 0);
   static_assert(!kSwap || kSize == 2);
 };
 

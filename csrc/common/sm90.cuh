@@ -88,6 +88,14 @@ DEVICE_FN void fence_proxy_async() {
   SM90_DO(asm volatile("fence.proxy.async.shared::cta;" :: : "memory"), model::fence_proxy_async());
 }
 
+// To the place of `p` in the CTA of that rank in the cluster. mbarrier_arrive_cluster publishes it.
+DEVICE_FN void store_cluster(float* p, uint32_t cta_rank, float value) {
+  SM90_DO(asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\n"
+                       "st.shared::cluster.f32 [a], %2; }" ::"r"(smem_u32(p)),
+                       "r"(cta_rank), "f"(value) : "memory"),
+          model::store_cluster(p, cta_rank, value));
+}
+
 // ---- cp.async ----
 // Copies 4 bytes, zeros unless `valid`; src must be a legal address even then.
 DEVICE_FN void cp_async_4(void* dst, const void* src, bool valid) {

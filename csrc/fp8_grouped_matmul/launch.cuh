@@ -11,8 +11,9 @@ struct LaunchInstance {
     const int64_t others = p.num_groups - 1;
     const int64_t rows_a = p.num_rows + (p.masked ? others * p.a_group_rows : 0);
     const int64_t rows_d = p.num_rows * (p.masked ? p.num_groups : 1);
-    const RowScales scale_a = {p.scale_a,           p.masked ? p.num_groups : 1, p.num_rows, ceil_div<int64_t>(p.k, kTileK),
-                               p.scale_a_stride_g, p.scale_a_stride_m,          p.scale_a_stride_k};
+    const RowScales scale_a = {
+        p.scale_a,          p.masked ? p.num_groups : 1, p.num_rows,        ceil_div<int64_t>(p.k, kTileK),
+        p.scale_a_stride_g, p.scale_a_stride_m,          p.scale_a_stride_k};
     const auto maps = matmul_maps<C>({p.a, rows_a, p.k, p.lda}, scale_a,
                                      {p.b, p.n + others * p.b_group_rows, p.k, p.ldb}, {p.d, rows_d, p.n, p.n});
     launch(kernel<C>, launch_config<C>(p, sizeof(Smem<C>)), maps, p);

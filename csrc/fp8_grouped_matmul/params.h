@@ -25,8 +25,9 @@ struct Fp8GroupedMatmulParams {
   int tile_m, tile_n;
   int cluster_m, cluster_n;  // tiles of a cluster; one of both is 1
   bool swap;                 // b is the operand with the 64 rows of wgmma
-  int raster;                // rows of clusters walked before the next column of tiles
-  int ctas;                  // a multiple of the cluster
+  static constexpr int cluster_k = 1;
+  int raster;  // rows of clusters walked before the next column of tiles
+  int ctas;    // a multiple of the cluster
   void* stream;
 };
 
@@ -34,6 +35,7 @@ struct Fp8GroupedMatmulInstance {
   Dtype out_dtype;
   int tile_m, tile_n, cluster_m, cluster_n;
   bool swap;
+  int cluster_k;
   int stages;  // chosen by what fits
 };
 

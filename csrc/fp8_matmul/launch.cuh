@@ -8,7 +8,7 @@ namespace deepseek_kernels::fp8_matmul {
 struct LaunchInstance {
   template <class C>
   void operator()(const Fp8MatmulParams& p) const {
-    const RowScales scale_a = {p.scale_a, 1, p.m, ceil_div<int64_t>(p.k, kTileK), 0, p.scale_a_stride_m,
+    const RowScales scale_a = {p.scale_a,         1, p.m, ceil_div<int64_t>(p.k, kTileK), 0, p.scale_a_stride_m,
                                p.scale_a_stride_k};
     const auto maps = matmul_maps<C>({p.a, p.m, p.k, p.lda}, scale_a, {p.b, p.n, p.k, p.ldb}, {p.d, p.m, p.n, p.ldd});
     launch(kernel<C>, launch_config<C>(p, sizeof(typename C::Smem)), maps, p);

@@ -21,6 +21,7 @@ struct Fp8MatmulParams {
   bool accumulate;              // add to what is in d
   int tile_m, tile_n;
   int cluster_m, cluster_n;  // tiles of a cluster; one of both is 1
+  int cluster_k;             // CTAs of a cluster that share out the k of a tile, where it has one
   bool swap;                 // b is the operand with the 64 rows of wgmma
   int raster;                // rows of clusters walked before the next column of tiles
   int ctas;                  // a multiple of the cluster
@@ -31,6 +32,7 @@ struct Fp8MatmulInstance {
   Dtype out_dtype;
   int tile_m, tile_n, cluster_m, cluster_n;
   bool swap;
+  int cluster_k;
   int stages;  // chosen by what fits
 };
 

@@ -176,8 +176,8 @@ def _launch(config, a, scale_a, b, scale_b, bias, d, accumulate) -> None:
         scale_b_stride_n=scale_b.stride(0), scale_b_stride_k=scale_b.stride(1),
         out_dtype=_extension.dtype_code(d.dtype), bias_dtype=_extension.dtype_code((d if bias is None else bias).dtype),
         accumulate=accumulate, tile_m=config.tile_m, tile_n=config.tile_n, cluster_m=config.cluster_m,
-        cluster_n=config.cluster_n, swap=config.swap, raster=config.raster, ctas=config.ctas,
-        stream=_extension.stream(a),
+        cluster_n=config.cluster_n, cluster_k=config.cluster_k, swap=config.swap, raster=config.raster,
+        ctas=config.ctas, stream=_extension.stream(a),
     )  # fmt: skip
 
 

@@ -17,24 +17,27 @@ L2_BYTES_PER_SM = 64e9  # per second
 MEMORY_LATENCY = 1e-6  # seconds from a load to its data, under traffic
 STEP_LATENCY = 5e-8  # seconds that a warpgroup waits for its own wgmma
 PEER_LATENCY = 1e-8  # seconds a step that the CTAs of a cluster wait for each other
+SHARE_LATENCY = 1e-6  # for the CTAs that share out k to add up what they have
 FINISH = 2e-7  # seconds from the last product of a tile to the next tile's first, and
 FINISH_ELEMENT = 5e-12  # for each element of the tile
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A compiled instance. A cluster has rows of b in common along m, rows of a along n; one of its sides is 1. `swap`:
-    the weights take the side of wgmma that has 64 rows, and the tokens the one that may have 8."""
+    """A compiled instance. A cluster has rows of b in common along m, rows of a along n, and shares out a tile along k;
+    two of the three are 1. `swap`: the weights take the side of wgmma that has 64 rows, and the tokens the one that may
+    have 8."""
 
     tile_m: int
     tile_n: int
     cluster_m: int = 1
     cluster_n: int = 1
     swap: bool = False
+    cluster_k: int = 1
 
     @property
     def cluster(self) -> int:
-        return self.cluster_m * self.cluster_n
+        return self.cluster_m * self.cluster_n * self.cluster_k
 
     @property
     def rows(self) -> int:
@@ -48,8 +51,8 @@ class Tile:
 def stages(t: Tile, out_bytes: int, reserved: int = 0) -> int:
     """Of 128 along k, that fit beside the staged result and `reserved` bytes."""
     scales = 32 * ceil_div(t.tile_m, 32)
-    halves = t.tile_m * t.tile_n * 4 if t.rows == GROUP_ROWS else 0
-    room = SHARED_MEMORY - reserved - t.tile_m * t.tile_n * out_bytes - halves - 128
+    halves = t.tile_m * t.tile_n * 4 * t.cluster_k if t.rows == GROUP_ROWS else 0
+    room = SHARED_MEMORY - reserved - t.tile_m * t.tile_n * out_bytes - halves - 144
     return min(room // ((t.tile_m + t.tile_n) * BLOCK + 4 * scales + 16), MAX_STAGES)
 
 
@@ -86,9 +89,9 @@ def seconds(
     whole problem; the first load and the last store overlap with nothing. `m`: rows of a that a tile may find."""
     waves = ceil_div(clusters, max(device.num_sms // t.cluster, 1))
     finish = FINISH + FINISH_ELEMENT * t.tile_m * t.tile_n
-    main = max(ceil_div(k, BLOCK), 1) * _step(t, m, stages(t, out_bytes, reserved), device)
+    main = max(ceil_div(ceil_div(k, BLOCK), t.cluster_k), 1) * _step(t, m, stages(t, out_bytes, reserved), device)
     busy = waves * main + (waves - 1) * finish
-    return MEMORY_LATENCY + overlap(busy, traffic / device.bandwidth) + finish
+    return MEMORY_LATENCY + overlap(busy, traffic / device.bandwidth) + finish + SHARE_LATENCY * (t.cluster_k > 1)
 
 
 def _step(t: Tile, m: int, stages: int, device: DeviceSpec) -> float:

@@ -1,7 +1,7 @@
 """Plan of `fp8_matmul`: which tile, how many of them, and how k is shared out."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 
 from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
@@ -164,28 +164,33 @@ TILES_HOPPER = (
 )
 """From compute capability 9.0 the tensor cores take e4m3 in 64 rows, and fewer only as fp16: few tokens are columns."""
 INSTANCES = {
-    # tile_m, tile_n, cluster_m, cluster_n, swap
+    # tile_m, tile_n, cluster_m, cluster_n, swap, cluster_k
     "bfloat16": (
-        (64, 16, 1, 1, False),
-        (64, 32, 1, 1, False),
-        (64, 32, 1, 2, False),
-        (64, 64, 1, 2, False),
-        (128, 32, 1, 2, False),
-        (128, 64, 1, 2, False),
-        (8, 64, 1, 1, True),
-        (16, 64, 1, 1, True),
-        (32, 64, 1, 2, True),
-        (16, 128, 1, 1, True),
-        (32, 128, 1, 1, True),
-        (64, 128, 1, 2, True),
-        (128, 112, 1, 2, False),
-        (128, 128, 2, 1, False),
-        (128, 128, 1, 2, False),
-        (128, 192, 1, 1, False),
-        (128, 192, 2, 1, False),
-        (256, 128, 1, 2, False),
+        (64, 16, 1, 1, False, 1),
+        (64, 32, 1, 1, False, 1),
+        (64, 32, 1, 2, False, 1),
+        (64, 64, 1, 2, False, 1),
+        (128, 32, 1, 2, False, 1),
+        (128, 64, 1, 2, False, 1),
+        (8, 64, 1, 1, True, 1),
+        (16, 64, 1, 1, True, 1),
+        (32, 64, 1, 2, True, 1),
+        (16, 128, 1, 1, True, 1),
+        (32, 128, 1, 1, True, 1),
+        (64, 128, 1, 2, True, 1),
+        (8, 64, 1, 1, True, 2),
+        (8, 64, 1, 1, True, 4),
+        (16, 64, 1, 1, True, 2),
+        (16, 64, 1, 1, True, 4),
+        (32, 64, 1, 1, True, 4),
+        (128, 112, 1, 2, False, 1),
+        (128, 128, 2, 1, False, 1),
+        (128, 128, 1, 2, False, 1),
+        (128, 192, 1, 1, False, 1),
+        (128, 192, 2, 1, False, 1),
+        (256, 128, 1, 2, False, 1),
     ),
-    "float32": ((64, 64, 1, 1, False), (128, 128, 1, 1, False), (128, 128, 2, 1, False)),
+    "float32": ((64, 64, 1, 1, False, 1), (128, 128, 1, 1, False, 1), (128, 128, 2, 1, False, 1)),
 }
 """What csrc/fp8_matmul/launch_*.cu compile."""
 SPLITS = (1, 2, 4, 8, 16)
@@ -230,7 +235,7 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
     if isinstance(c, wgrad.WgradConfig):
         return wgrad.is_legal(c)
     if isinstance(c, CudaConfig):
-        known = (c.tile_m, c.tile_n, c.cluster_m, c.cluster_n, c.swap) in INSTANCES.get(p.out_dtype, ())
+        known = astuple(c)[: len(fields(hopper.Tile))] in INSTANCES.get(p.out_dtype, ())
         return "" if known else "not among the compiled instances"
     if shared_memory(c) > device.shared_memory:
         return f"needs {shared_memory(c)} bytes of shared memory, the device has {device.shared_memory}"

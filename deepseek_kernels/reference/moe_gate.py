@@ -74,9 +74,9 @@ def moe_gate_backward(
     num_tokens, num_experts = logits.shape
     x = _logits(logits)
     scores = SCORES[score](x)
+    indices = indices.contiguous()  # the order in which torch sums over the chosen follows their strides on a GPU
     chosen = (indices >= 0) & (indices < num_experts)
-    # contiguous, since the order in which torch sums over the chosen follows the strides of the indices on a GPU
-    column = torch.where(chosen, indices, num_experts).long().contiguous()
+    column = torch.where(chosen, indices, num_experts).long()
     weights = F.pad(scores, (0, 1)).gather(1, column)
     grad = torch.where(chosen, grad_weights.to(x.dtype), 0) * scale
     if normalize:

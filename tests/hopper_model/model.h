@@ -87,6 +87,7 @@ void debug_name(const void* p, const char* name, int i);
 void mbarrier_init(uint64_t* bar, uint32_t count);
 void mbarrier_arrive(uint64_t* bar);
 void mbarrier_arrive_cluster(uint64_t* bar, uint32_t rank);
+void store_cluster(float* p, uint32_t rank, float value);
 void mbarrier_arrive_and_expect_tx(uint64_t* bar, uint32_t bytes);
 void mbarrier_wait(uint64_t* bar, uint32_t parity);
 void fence_barrier_init();

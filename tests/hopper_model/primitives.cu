@@ -19,30 +19,50 @@ constexpr int kBytes = 1 << 16;  // of each output
 std::string g_folder, g_running;
 std::set<std::string> g_left_out;
 
-// Memory that host and device both see.
+// Memory of the device, and what the host fills it with: what it writes before data() is asked for.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t count, int fill = 0) : count_(count) {
+  explicit Buffer(size_t count, int fill = 0) : host_(count) {
+    memset(static_cast<void*>(host_.data()), fill, bytes());
 #if defined(__CUDACC__)
-    DSK_CUDA_CHECK(cudaMallocManaged(&data_, count * sizeof(T)));
+    DSK_CUDA_CHECK(cudaMalloc(&data_, bytes()));
 #else
-    data_ = static_cast<T*>(model::alloc_global(count * sizeof(T), "buffer"));
+    data_ = static_cast<T*>(model::alloc_global(bytes(), "buffer"));
 #endif
-    memset(static_cast<void*>(data_), fill, count * sizeof(T));
   }
-  T* data() const { return data_; }
-  size_t size() const { return count_; }
-  T& operator[](size_t i) { return data_[i]; }
+  T* data() {
+    if (!copied_) {
+#if defined(__CUDACC__)
+      DSK_CUDA_CHECK(cudaMemcpy(data_, host_.data(), bytes(), cudaMemcpyHostToDevice));
+#else
+      memcpy(static_cast<void*>(data_), host_.data(), bytes());
+#endif
+    }
+    copied_ = true;
+    return data_;
+  }
+  const std::vector<T>& back() {
+#if defined(__CUDACC__)
+    DSK_CUDA_CHECK(cudaMemcpy(host_.data(), data_, bytes(), cudaMemcpyDeviceToHost));
+#else
+    memcpy(static_cast<void*>(host_.data()), data_, bytes());
+#endif
+    return host_;
+  }
+  size_t size() const { return host_.size(); }
+  size_t bytes() const { return host_.size() * sizeof(T); }
+  T& operator[](size_t i) { return host_[i]; }
 
  private:
+  std::vector<T> host_;
   T* data_;
-  size_t count_;
+  bool copied_ = false;
 };
 
-void write_file(const std::string& name, const Buffer<uint8_t>& data) {
+void write_file(const std::string& name, Buffer<uint8_t>& data) {
   std::ofstream(g_folder + "/" + name + ".bin", std::ios::binary)
-      .write(reinterpret_cast<char*>(data.data()), std::streamsize(data.size()));
+      .write(reinterpret_cast<const char*>(data.back().data()), std::streamsize(data.size()));
 }
 
 LaunchConfig config_of(int ctas, int threads, int cluster) {
@@ -245,6 +265,19 @@ __global__ void mbarrier_across_cluster(uint8_t* out) {
   cluster_sync();
 }
 
+// Each CTA fills the other's shared memory.
+__global__ void stores_across_cluster(uint8_t* out) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 128);
+  cluster_sync();
+  const uint32_t rank = cluster_rank();
+  store_cluster(reinterpret_cast<float*>(s.a) + threadIdx.x, rank ^ 1, float(threadIdx.x * 2 + rank));
+  mbarrier_arrive_cluster(&s.bar[0], rank ^ 1);
+  mbarrier_wait_cluster(&s.bar[0], 0);
+  reinterpret_cast<float*>(out)[rank * 128 + threadIdx.x] = reinterpret_cast<const float*>(s.a)[127 - threadIdx.x];
+  cluster_sync();
+}
+
 __global__ void named_barriers(uint8_t* out) {
   DYNAMIC_SMEM(raw);
   const int half = threadIdx.x / 64, slot = threadIdx.x % 64;
@@ -364,7 +397,7 @@ void run_3d() {
 
 void run_reductions() {
   auto filled = [](int fill) { return Buffer<uint8_t>(3 * 10 * 32 * 4, fill); };
-  auto map = [](const Buffer<uint8_t>& x) {
+  auto map = [](Buffer<uint8_t>& x) {
     return tensor_map_3d(x.data(), {Element::kFp32, 32, 10, 3, 32, 10 * 32, 32, 8, 2, Swizzle::k128});
   };
   Buffer<uint8_t> stored = filled(0), added = filled(0), rows = filled(0);
@@ -420,6 +453,7 @@ void run_all() {
   run_dependent_launch();
 
   record("mbarrier_across_cluster", mbarrier_across_cluster, 2, 128, 2);
+  record("stores_across_cluster", stores_across_cluster, 2, 128, 2);
   record("named_barriers", named_barriers, 1, 128, 1);
   record("elect", elect, 1, 128, 1);
   record("registers", registers, 1, 384, 1);
@@ -430,7 +464,7 @@ void run_all() {
     a[i] = __nv_fp8_e4m3(values[(i * 5 + i / 128) % 8]).__x;
     b[i] = __nv_fp8_e4m3(values[(i * 3 + i / 64 + i / 7) % 8]).__x;
   }
-  auto fp8_map = [](const Buffer<uint8_t>& x, int rows) {
+  auto fp8_map = [](Buffer<uint8_t>& x, int rows) {
     return map_of(Element::kE4m3, x.data(), 128, 128, 128, rows, Swizzle::k128);
   };
   record("wgmma_e4m3_16", wgmma_fp8<16>, 1, 128, 1, fp8_map(a, 64), fp8_map(b, 16));

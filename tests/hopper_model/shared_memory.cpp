@@ -116,6 +116,19 @@ void plain_access(Fiber* f, uint32_t lo, uint32_t hi, const char* what, bool wri
   if (write) mark_written(f, lo, hi);
 }
 
+void store_cluster(float* p, uint32_t rank, float value) {
+  maybe_yield();
+  auto& ctas = g->cur->cta->cluster->ctas;
+  if (rank >= ctas.size()) fail("cluster rank %u out of range", rank);
+  Cta* c = ctas[rank].get();
+  const uint32_t a = smem_addr(p);
+  if (c->live == 0) fail("store to %s of CTA rank %u, which has exited", name_of(a).c_str(), rank);
+  check_settled(c, a, a + 4, "store of another CTA", true);
+  order_access(g->cur, c, a, a + 4, "store of another CTA", true);
+  auto* to = reinterpret_cast<float*>(c->smem + (a - kSmemBase));
+  *to = value;
+}
+
 // Strict about whose writes it covers: those of the thread that executes it. That is the convention by which kernels
 // are written (everyone fences, everyone meets, one thread starts the copy).
 void fence_proxy_async() {
