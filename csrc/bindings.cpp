@@ -13,6 +13,7 @@
 #include "fp8_grouped_matmul/params.h"
 #include "fp8_matmul/params.h"
 #include "fp8_quantize/params.h"
+#include "moe_gate/params.h"
 #include "moe_permute/params.h"
 #include "moe_sort/params.h"
 #endif
@@ -89,6 +90,38 @@ void bind_fp8_quantize(py::module_& m) {
       },
       kw_only(), "q"_a, "scale"_a, "out"_a, "m"_a, "k"_a, "ldq"_a, "ld_out"_a, "scale_stride_m"_a, "scale_stride_k"_a,
       "block_m"_a, "block_k"_a, "dtype"_a, "stream"_a, release_gil());
+}
+
+void bind_moe_gate(py::module_& m) {
+  m.def(
+      "moe_gate",
+      [](address logits, address bias, address mask, address weights, address indices, int64_t num_tokens,
+         int64_t ld_logits, int num_experts, int top_k, int num_groups, int topk_groups, int score, int dtype,
+         bool normalize, float scale, int group_lanes, int per_lane, int warps, int ctas, address stream) {
+        launch_moe_gate({at<void>(logits),
+                         at<float>(bias),
+                         at<uint8_t>(mask),
+                         at<float>(weights),
+                         at<int64_t>(indices),
+                         num_tokens,
+                         ld_logits,
+                         num_experts,
+                         top_k,
+                         num_groups,
+                         topk_groups,
+                         GateScore(score),
+                         Dtype(dtype),
+                         normalize,
+                         scale,
+                         group_lanes,
+                         per_lane,
+                         warps,
+                         ctas,
+                         at<void>(stream)});
+      },
+      kw_only(), "logits"_a, "bias"_a, "mask"_a, "weights"_a, "indices"_a, "num_tokens"_a, "ld_logits"_a,
+      "num_experts"_a, "top_k"_a, "num_groups"_a, "topk_groups"_a, "score"_a, "dtype"_a, "normalize"_a, "scale"_a,
+      "group_lanes"_a, "per_lane"_a, "warps"_a, "ctas"_a, "stream"_a, release_gil());
 }
 
 void bind_moe_permute(py::module_& m) {
@@ -322,10 +355,11 @@ void bind(py::module_& m) {
   m.attr("BF16") = 2;
 #if defined(DEEPSEEK_KERNELS_CUDA)
   bind_fp8_quantize(m);
+  bind_moe_gate(m);
   bind_moe_permute(m);
   bind_moe_sort(m);
   std::string ops =
-      "fp8_dequantize,fp8_quantize,fp8_quantize_both,moe_permute,moe_permute_quantize,moe_sort,moe_unpermute";
+      "fp8_dequantize,fp8_quantize,fp8_quantize_both,moe_gate,moe_permute,moe_permute_quantize,moe_sort,moe_unpermute";
 #if defined(DEEPSEEK_KERNELS_SM90A)
   bind_fp8_matmul(m);
   bind_fp8_grouped_matmul(m);

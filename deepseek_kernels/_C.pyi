@@ -99,6 +99,38 @@ def fp8_dequantize(
 ) -> None:
     """out [m, k] of `dtype` = q * scale of its block, in fp32, rounded once; blocks and scale as for `fp8_quantize`."""
 
+def moe_gate(
+    *,
+    logits: int,
+    bias: int,
+    mask: int,
+    weights: int,
+    indices: int,
+    num_tokens: int,
+    ld_logits: int,
+    num_experts: int,
+    top_k: int,
+    num_groups: int,
+    topk_groups: int,
+    score: int,
+    dtype: int,
+    normalize: bool,
+    scale: float,
+    group_lanes: int,
+    per_lane: int,
+    warps: int,
+    ctas: int,
+    stream: int,
+) -> None:
+    """weights, indices = the top_k (1 to 32) of score(logits) + bias in the best topk_groups groups.
+
+    weights fp32 and indices int64 [num_tokens, top_k]; logits [num_tokens, num_experts] of `dtype`; bias fp32, may be
+    0; mask bool, may be 0. score: 0 sigmoid, 1 softmax, 2 sqrt(softplus). Tokens that are masked out get weights 0 and
+    indices -1. num_groups is 1 where every group may be used. A warp has a token: `group_lanes` lanes (a power of two,
+    at most 32 in all groups) hold the experts of a group, `per_lane` (2, 4, 8 or 16) each; `ctas` CTAs of `warps` (1
+    to 8) share the tokens. Any alignment; rows that begin at multiples of 16 bytes are the fast path.
+    """
+
 def moe_permute(
     *,
     x: int,

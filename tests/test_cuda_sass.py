@@ -114,6 +114,16 @@ def test_moe_sort_overlaps_its_two_launches(arch):
         assert not re.search(r"(?<![.\w])(RED|ATOMG?)\.", kernel.sass), f"an atomic in {name}"
 
 
+def test_moe_gate_asks_the_warp_for_its_largest_key():
+    """Once for each choice of eight; DeepSeek-V3's logits in 16-byte words."""
+    kernels, _ = compile_kernels("moe_gate", "90")
+    for name, kernel in kernels.items():
+        assert "REDUX" in kernel.sass and not re.search(r"\b(LDS|STS|RED|ATOM)\b", kernel.sass), name
+        if "Li8ELi8E" in name:
+            assert re.search(r"\bLDG\.E\.128", kernel.sass), name
+            assert kernel.registers <= 64, name
+
+
 @pytest.mark.parametrize("op", ["fp8_matmul", "fp8_grouped_matmul"])
 def test_fp8_matmuls_use_the_hopper_units(op):
     kernels, _ = compile_kernels(op, "90a")

@@ -59,6 +59,10 @@ def primitives_for_gpu(tmp_path):
 def test_primitives_in_the_model(primitives_in_model):
     got = {name: as_tensor(data) for name, data in primitives_in_model.items()}
     assert (got["elect"][:128] == 1).all()
+    thread = torch.arange(128)
+    keys = ((thread * 37 + thread // 32) % 64 * 0x03FFFFFF).view(4, 32)
+    leading = torch.tensor([32 - int(k).bit_length() for k in keys.flatten()]).view(4, 32)
+    assert torch.equal(got["reduce_max"][:128].long().view(4, 32), (keys.amax(1, keepdim=True) >> 24) ^ leading)
     i = torch.arange(40 * 128)
     matrix = (i * 37 + i // 128).to(torch.uint8).view(40, 128)
     corners = got["tma_load_128"][: 6 * 32 * 128].view(3, 2, 32, 128)[:, 1]

@@ -5,6 +5,8 @@ import torch
 
 import deepseek_kernels as dk
 from deepseek_kernels.device import GPUS
+from deepseek_kernels.ops import moe_gate as op
+from deepseek_kernels.ops._device import spec
 from deepseek_kernels.plan import moe_gate as plan
 from deepseek_kernels.shapes import V2_LITE, V3
 from deepseek_kernels.testing.compare import SUM, Tolerance, assert_close
@@ -212,6 +214,26 @@ def test_gradient_of_odd_rows_is_zero_or_finite(backend):
         dk.moe_gate(leaf, top_k=4, score=score, mask=mask)[0].square().sum().backward()
         assert leaf.grad.isfinite().all()
         assert (leaf.grad[[0, 1, 4]] == 0).all() and (leaf.grad[2, :3] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 128, 8192])
+def test_the_cuda_kernel_at_real_sizes_on_a_gpu(num_tokens, dtype, score):
+    """Every configuration, as Triton chooses, but where rounding made a tie."""
+    logits = torch.randn(num_tokens, 256, device="cuda").to(dtype)
+    bias = torch.randn(256, device="cuda") * 0.1
+    args = (logits, bias, 8, 8, 4, score, True, 2.5, None)
+    with dk.use_backend("cuda"):
+        if dk.explain("moe_gate", *args).backend is None:
+            pytest.skip("no cuda backend here")
+    expected = torch.ops.deepseek_kernels.moe_gate(*args)
+    for config in plan.candidates(op._problem(*args), spec(logits.device), "cuda"):
+        weights, indices = op._cuda(config, *args)
+        same = (indices == expected[1]).all(1)
+        assert same.float().mean() > 0.999, config
+        assert_close(weights[same], expected[0][same], SUM)
 
 
 def test_bias_has_no_gradient(backend):

@@ -46,6 +46,37 @@ DEVICE_FN void from_e4m3x4(uint32_t codes, float* x) {
   }
 }
 
+// 2^x, relative error 2^-22.5.
+DEVICE_FN float exp2_near(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// 1 / x for x in [1, 3], within a step.
+DEVICE_FN float reciprocal_near(float x) {
+#if defined(__CUDACC__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return __fmaf_rn(r, __fmaf_rn(-x, r, 1.f), r);
+#else
+  return 1.f / x;
+#endif
+}
+
+// e^x of x <= 0; 0 below -104, and of NaN.
+DEVICE_FN float exp_negative(float x) {
+  x = fmaxf(x, -104.f);
+  const float high = __fmul_rn(x, 1.4426950408889634f);
+  const float low = __fmaf_rn(x, 1.925963033500412e-8f, __fmaf_rn(x, 1.4426950408889634f, -high));
+  const float power = exp2_near(high);
+  return __fmaf_rn(power, __fmul_rn(low, 0.6931471805599453f), power);
+}
+
 // As torch.maximum: NaN if either is.
 DEVICE_FN float max_nan(float a, float b) {
 #if defined(__CUDACC__)

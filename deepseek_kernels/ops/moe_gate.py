@@ -76,8 +76,9 @@ def _check(logits, bias, top_k, num_groups, topk_groups, score, normalize, scale
         raise checks.fail(op, "top_k", f"1 to {allowed}, the experts of {topk_groups} of {num_groups} groups", top_k)
 
 
-def _problem(logits, bias, top_k, num_groups, *_) -> plan.Problem:
+def _problem(logits, bias, top_k, num_groups, topk_groups, *_) -> plan.Problem:
     dtype = str(logits.dtype).removeprefix("torch.")
+    num_groups = 1 if topk_groups == num_groups else num_groups
     return plan.Problem("forward", *logits.shape, top_k, num_groups, logits.element_size(), dtype)
 
 
@@ -99,6 +100,26 @@ def _triton(config, logits, bias, top_k, num_groups, topk_groups, score, normali
             config, checks.rows(logits), bias, mask, weights, indices,
             num_groups, topk_groups, score, normalize, scale,
         )  # fmt: skip
+    return weights, indices
+
+
+def _cuda(config, logits, bias, top_k, num_groups, topk_groups, score, normalize, scale, mask):
+    num_tokens, num_experts = logits.shape
+    weights = _allocate.empty((num_tokens, top_k), torch.float32, logits.device)
+    indices = _allocate.empty((num_tokens, top_k), torch.int64, logits.device)
+    logits = checks.rows(logits)
+    bias = bias.float() if bias is not None else None
+    mask = mask.contiguous() if mask is not None else None
+    if topk_groups == num_groups:
+        num_groups = topk_groups = 1
+    _extension.module().moe_gate(
+        logits=logits.data_ptr(), bias=_extension.address(bias), mask=_extension.address(mask),
+        weights=weights.data_ptr(), indices=indices.data_ptr(), num_tokens=num_tokens, ld_logits=logits.stride(0),
+        num_experts=num_experts, top_k=top_k, num_groups=num_groups, topk_groups=topk_groups,
+        score=list(reference.SCORES).index(score), dtype=_extension.dtype_code(logits.dtype), normalize=normalize,
+        scale=scale, group_lanes=config.group_lanes, per_lane=config.per_lane, warps=config.warps, ctas=config.ctas,
+        stream=_extension.stream(logits),
+    )  # fmt: skip
     return weights, indices
 
 
@@ -179,7 +200,7 @@ register(
     plan=plan,
     fake=_fake,
     reference=reference.moe_gate,
-    backends={"triton": _triton, "cpu": _cpu},
+    backends={"cuda": _cuda, "triton": _triton, "cpu": _cpu},
     backward=_backward,
     setup_context=_context,
 )

@@ -127,7 +127,8 @@ uint32_t cluster_rank();
 bool elect_one();
 uint64_t shuffle(uint32_t mask, uint64_t v, int src_lane);  // warp rendezvous; returns the value of src_lane
 uint32_t ballot(uint32_t mask, bool vote);
-void syncwarp(uint32_t mask);  // of these three the only one that orders memory
+uint32_t reduce_max(uint32_t mask, uint32_t v);
+void syncwarp(uint32_t mask);  // of these four the only one that orders memory
 void atomic_access(void* p, size_t bytes);
 [[noreturn]] void fail(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 }  // namespace model
@@ -164,8 +165,10 @@ T __shfl_down_sync(uint32_t m, T v, int d) {
 inline uint32_t __ballot_sync(uint32_t m, int vote) { return model::ballot(m, vote != 0); }
 inline int __any_sync(uint32_t m, int vote) { return model::ballot(m, vote != 0) != 0; }
 inline int __all_sync(uint32_t m, int vote) { return model::ballot(m, vote == 0) == 0; }
+inline uint32_t __reduce_max_sync(uint32_t m, uint32_t v) { return model::reduce_max(m, v); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -195,5 +198,6 @@ inline float __uint_as_float(uint32_t u) {
 inline float __fmul_rn(float a, float b) { return a * b; }  // built with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __frcp_rn(float a) { return 1.f / a; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }

@@ -291,6 +291,12 @@ __global__ void elect(uint8_t* out) {
   out[threadIdx.x] = uint8_t(__popc(elected));
 }
 
+__global__ void reduce_max(uint8_t* out) {
+  const uint32_t mine = (threadIdx.x * 37 + threadIdx.x / 32) % 64 * 0x03FFFFFFu;
+  const uint32_t largest = __reduce_max_sync(0xffffffffu, mine);
+  out[threadIdx.x] = uint8_t(largest >> 24) ^ uint8_t(__clz(int(mine)));
+}
+
 // 168 a thread at the start.
 __global__ void __launch_bounds__(384, 1) registers(uint8_t* out) {
   if (threadIdx.x < 128) {
@@ -456,6 +462,7 @@ void run_all() {
   record("stores_across_cluster", stores_across_cluster, 2, 128, 2);
   record("named_barriers", named_barriers, 1, 128, 1);
   record("elect", elect, 1, 128, 1);
+  record("reduce_max", reduce_max, 1, 128, 1);
   record("registers", registers, 1, 384, 1);
 
   Buffer<uint8_t> a(128 * 128), b(128 * 128);

@@ -80,6 +80,14 @@ uint32_t ballot(uint32_t mask, bool vote) {
   return votes;
 }
 
+uint32_t reduce_max(uint32_t mask, uint32_t v) {
+  const uint64_t* values = meet(mask, v, false);
+  uint32_t largest = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) largest = std::max(largest, uint32_t(values[lane]));
+  return largest;
+}
+
 void stmatrix(int count, bool transposed, void* row, const std::array<uint32_t, 4>& registers) {
   const int lane = g->cur->tid % 32, matrix = lane / 8, j = lane % 8;
   uint32_t of[4][32];
