@@ -46,12 +46,15 @@ DEVICE_FN float sqrt_softplus(float x) {
   return __fsqrt_rn(fmaxf(x, 0.f) + log1p_unit(exp_negative(-fabsf(x))));
 }
 
-// An expert with such a logit scores 0, and is chosen after all others.
+// An expert with such a logit scores 0, and is chosen after all others. The functions of scores return something finite
+// for it, so that nothing branches.
 DEVICE_FN bool is_dead(float x) { return !(x > -INFINITY); }
 
 struct Softmax {
   float largest, inverse;  // of the row's logits; of its sum of exponentials
-  DEVICE_FN float operator()(float x) const { return __fmul_rn(exp_negative(fminf(x, kLargest) - largest), inverse); }
+  DEVICE_FN float operator()(float x) const {
+    return __fmul_rn(exp_negative(fminf(fmaxf(x, -INFINITY), kLargest) - largest), inverse);
+  }
 };
 
 template <int kPerLane>
@@ -64,7 +67,7 @@ DEVICE_FN Softmax softmax_of(const float (&x)[kPerLane]) {
   Softmax softmax{largest == -INFINITY ? 0.f : largest, 1.f};
   float total = 0;
 #pragma unroll
-  for (int j = 0; j < kPerLane; ++j) total += is_dead(x[j]) ? 0.f : softmax(x[j]);
+  for (int j = 0; j < kPerLane; ++j) total += softmax(x[j]);
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) total += __shfl_xor_sync(kAll, total, bit);
   softmax.inverse = total > 0 ? __fdiv_rn(1.f, total) : 1.f;
@@ -137,7 +140,7 @@ DEVICE_FN float load_logit(const MoeGateParams& p, int64_t token, int expert) {
 }
 
 DEVICE_FN uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-DEVICE_FN uint32_t smaller(uint32_t a, uint32_t b) { return a > b ? b : a; }
+DEVICE_FN uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // Sorted runs of kRun become sorted runs of twice that, descending: Batcher's network.
 template <int kRun, int kDistance, int kPerLane>
@@ -160,12 +163,6 @@ DEVICE_FN void sort(uint32_t (&a)[kPerLane]) {
   }
 }
 
-// The first lane with the largest value.
-DEVICE_FN int first_with(uint32_t mine, uint32_t largest) {
-  const uint32_t lanes = __ballot_sync(kAll, mine == largest);
-  return BUG(last_of_ties) ? 31 - __clz(int(lanes)) : __ffs(int(lanes)) - 1;
-}
-
 // Whether the group of this lane is among the best.
 template <int kPerLane>
 DEVICE_FN bool in_best_groups(const MoeGateParams& p, const uint32_t (&sorted)[kPerLane], int group) {
@@ -178,10 +175,11 @@ DEVICE_FN bool in_best_groups(const MoeGateParams& p, const uint32_t (&sorted)[k
   float score = of_key(first);
   if (p.bias && second > key_of(-INFINITY) && !BUG(group_of_one)) score += of_key(second);
   uint32_t key = group < p.num_groups ? key_of(score) : kNothing;
+  const uint32_t groups_before = (1u << (group << p.group_bits)) - 1;
   bool best = false;
   for (int i = 0; i < p.topk_groups; ++i) {
-    const int winner = first_with(key, __reduce_max_sync(kAll, key));
-    if (winner >> p.group_bits == group) best = true, key = kNothing;
+    const uint32_t largest = __reduce_max_sync(kAll, key);
+    if (!(__ballot_sync(kAll, key == largest) & groups_before) && key == largest) best = true, key = kNothing;
   }
   return best;
 }
@@ -218,21 +216,21 @@ __global__ void __launch_bounds__(kWarps * 32, 2) gate(const MoeGateParams p) {
     uint32_t keys[kPerLane], sorted[kPerLane];
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
-      keys[j] = key_of(is_dead(x[j]) ? -INFINITY : __fadd_rn(score(x[j]), bias[j]));
+      keys[j] = key_of(__fadd_rn(score(x[j]), is_dead(x[j]) ? -INFINITY : bias[j]));
       if (j >= valid) keys[j] = kNothing;
       sorted[j] = keys[j];
     }
     sort(sorted);
     if (p.num_groups > 1 && !in_best_groups(p, sorted, group) && !BUG(every_group_allowed)) sorted[0] = kNothing;
 
-    // Lane k keeps the k-th best: its key, and the lane that had it.
-    uint32_t chosen = kNothing;
-    int from = 0;
+    // Lane k keeps the k-th best: its key, and the lanes that had it, the first of which gives it away.
+    uint32_t chosen = kNothing, holders = 0;
+    const uint32_t lanes_before = BUG(last_of_ties) ? ~((2u << lane) - 1) : (1u << lane) - 1;
     auto choose = [&](int k) {
       const uint32_t best = __reduce_max_sync(kAll, sorted[0]);
-      const int winner = first_with(sorted[0], best);
-      if (lane == k) chosen = best, from = winner;
-      if (lane == winner) {
+      const uint32_t having = __ballot_sync(kAll, sorted[0] == best);
+      if (lane == k) chosen = best, holders = having;
+      if (!(having & lanes_before) && sorted[0] == best) {
 #pragma unroll
         for (int j = 0; j + 1 < kPerLane; ++j)
           if (!kTopK || j + k + 1 < kTopK) sorted[j] = sorted[j + 1];
@@ -245,6 +243,8 @@ __global__ void __launch_bounds__(kWarps * 32, 2) gate(const MoeGateParams p) {
     } else {
       for (int k = 0; k < top_k; ++k) choose(k);
     }
+
+    const int from = (BUG(last_of_ties) ? 31 - __clz(int(holders)) : __ffs(int(holders)) - 1) & 31;
 
     // Equal keys of one lane were given away one after the other: the n-th of them is its n-th expert with that key.
     const uint32_t chosen_before = __shfl_up_sync(kAll, chosen, 1);
