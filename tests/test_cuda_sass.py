@@ -130,15 +130,26 @@ def test_fp8_matmuls_use_the_hopper_units(op):
     kernels = {name: kernel for name, kernel in kernels.items() if "MatmulConfig" in name}
     assert kernels
     for name, kernel in kernels.items():
-        out, cluster_m, cluster_n, swap = re.search(
-            r"MatmulConfigI(f|13__nv_bfloat16)Li\d+ELi\d+ELi(\d)ELi(\d)ELb([01])E", name
+        out, cluster_m, cluster_n, swap, cluster_k = re.search(
+            r"MatmulConfigI(f|13__nv_bfloat16)Li\d+ELi\d+ELi(\d)ELi(\d)ELb([01])ELi\d+ELi(\d)E", name
         ).groups()
-        for unit in ("QGMMA", "UTMALDG.2D", "UTMASTG.2D", "USETMAXREG", "LDGSTS", "ARRIVES.LDGSTSBAR", "ACQBULK"):
+        units = (
+            "QGMMA",
+            "UTMALDG.2D",
+            "UTMALDG.3D",
+            "UTMASTG.2D",
+            "USETMAXREG",
+            "LDGSTS",
+            "ARRIVES.LDGSTSBAR",
+            "ACQBULK",
+        )
+        for unit in units:
             assert unit in kernel.sass, f"{unit} in {name}"
         assert ("UTMALDG.2D.MULTICAST" in kernel.sass) == (cluster_m + cluster_n != "11"), name
-        # fences of the whole GPU's memory only where a cluster begins and ends, not where it lets a stage go
-        assert kernel.sass.count("MEMBAR.ALL.GPU") == kernel.sass.count("CCTL.IVALL"), name
-        assert kernel.sass.count("MEMBAR.ALL.GPU") == (2 if cluster_m + cluster_n != "11" else 0), name
+        # fences of the whole GPU's memory only where a cluster begins and ends, and where it adds up shares of a tile
+        fences = {"111": 0, "112": 3, "114": 3}.get(cluster_m + cluster_n + cluster_k, 2)
+        assert kernel.sass.count("MEMBAR.ALL.GPU") == fences, name
+        assert cluster_k != "1" or kernel.sass.count("CCTL.IVALL") == fences, name
         assert (("STSM.16.MT88" if swap == "1" else "STSM.16.M88") in kernel.sass) == (out != "f"), name
 
 
@@ -147,10 +158,21 @@ def test_the_weight_gradient_uses_the_hopper_units():
     kernels = {name: kernel for name, kernel in kernels.items() if "WgradConfig" in name}
     assert kernels
     for name, kernel in kernels.items():
-        for unit in ("QGMMA", "UTMALDG.2D", "USETMAXREG", "LDGSTS", "ARRIVES.LDGSTSBAR", "ACQBULK", "STG.E.64"):
+        cluster_m, cluster_n, staged = re.search(r"WgradConfigILi\d+ELi\d+ELi(\d)ELi(\d)ELb([01])E", name).groups()
+        stores = ("UTMASTG.3D", "UTMAREDG.3D.ADD") if staged == "1" else ("STG.E.64",)
+        for unit in (
+            "QGMMA",
+            "UTMALDG.2D",
+            "UTMALDG.3D",
+            "USETMAXREG",
+            "LDGSTS",
+            "ARRIVES.LDGSTSBAR",
+            "ACQBULK",
+            *stores,
+        ):
             assert unit in kernel.sass, f"{unit} in {name}"
         assert not re.search(r"(?<![.\w])(RED|ATOMG?)\.", kernel.sass), f"an atomic in {name}"
-        assert ("UTMALDG.2D.MULTICAST" in kernel.sass) == ("Li1ELi1EE" not in name), name
+        assert ("UTMALDG.2D.MULTICAST" in kernel.sass) == (cluster_m + cluster_n != "11"), name
 
 
 def test_the_generated_wgmma_is_up_to_date():

@@ -48,11 +48,12 @@ struct Config {
   static constexpr int kFetchers = kCluster / kShares;                                      // CTAs that fill a stage
   static constexpr bool kRowScales = kScalesX == kRows, kColScales = kScalesY == kCols;
   static constexpr bool kLateScales = kRowScales && kColScales;  // of y; too many to hold while wgmma runs
+  static constexpr int kTurns = kLateScales ? 2 : 1;             // of the stages, before a scale of y is overwritten
   static constexpr int kBlockScales = kRowScales && kColScales ? 0 : kRowScales ? kScalesY : kScalesX;
   static constexpr int kRowGroups = kRows == kWaveRows ? 1 : 2;  // math warpgroups with rows of their own
   static constexpr bool kHalves = kRowGroups == 1;
   static constexpr int kWaves = kRows / (kRowGroups * kWaveRows);
-  static constexpr bool kTwoProducts = kWaves == 1 && !kHalves && !kLateScales && kCols <= 128;
+  static constexpr bool kTwoProducts = kWaves == 1 && !kHalves && kCols <= 128;
   static constexpr int kThreads = 3 * kGroupThreads;
   static constexpr int kSums = kCols / 2;                          // a thread and wave
   static constexpr int kPart = kCols & -kCols;                     // columns that surely share a scale of y
@@ -67,7 +68,7 @@ struct Config {
   static constexpr int kScaleBytes = ((kRowScales ? kRows : 0) + (kColScales ? kCols : 0)) * 4;
   static constexpr int kStages = [] {
     const int room = kSharedBytes - kReserved - kSumsBytes - kHalfBytes - (kSumsBytes ? 144 : 1024);
-    const int stages = room / (kStageBytes + (kStagedX + kStagedY) * 4 + 16);
+    const int stages = room / (kStageBytes + (kStagedX + kTurns * kStagedY) * 4 + 16);
     return stages < kMaxStages ? stages : kMaxStages;
   }();
   static_assert(kRows % (kRowGroups * kWaveRows) == 0 && kCols % 8 == 0 && kStages >= 3);
@@ -82,7 +83,7 @@ struct Config {
     float half[kHalves ? kRows * kCols : 1];
     float share[kShares > 1 ? kShares - 1 : 1][kShares > 1 ? kRows * kCols : 1];
     alignas(128) float scale_x[kRowScales ? kStages : 1][kRowScales ? kStagedX : 1];
-    alignas(kColScales ? 128 : 4) float scale_y[kColScales ? kStages : 1][kColScales ? kStagedY : 1];
+    alignas(kColScales ? 128 : 4) float scale_y[kColScales ? kTurns * kStages : 1][kColScales ? kStagedY : 1];
     alignas(8) uint64_t full[kStages];
     uint64_t empty[kStages];
     uint64_t shares_full, shares_empty;
@@ -136,6 +137,11 @@ struct Ring {
   uint32_t phase = 0;
   DEVICE_FN void next() {
     if (++stage == kStages) stage = 0, phase ^= BUG(phase_never_flipped) ? 0 : 1;
+  }
+  // The place of its scales of y. What is read of them after a stage is let go stays for another turn of the stages.
+  template <int kTurns>
+  DEVICE_FN int scale_slot() const {
+    return kTurns == 1 || BUG(scales_stay_one_turn) ? stage : stage + int(phase) * kStages;
   }
 };
 
@@ -201,7 +207,8 @@ DEVICE_FN void load_tiles(typename C::Smem& s, const OperandMaps& maps, Work wor
         if constexpr (C::kRowScales)
           tma_load_3d(s.scale_x[r.stage], maps.scale_x, full, t.x_scales.row, block, t.x_scales.matrix);
         if constexpr (C::kColScales)
-          tma_load_3d(s.scale_y[r.stage], maps.scale_y, full, t.y_scales.row, block, t.y_scales.matrix);
+          tma_load_3d(s.scale_y[r.template scale_slot<C::kTurns>()], maps.scale_y, full, t.y_scales.row, block,
+                      t.y_scales.matrix);
       }
       load_operand<C::kRows, C::kRows / C::kBoxX>(s.x[r.stage], maps.x, full, k, t.x0, rank);
       load_operand<C::kCols, C::kCols / C::kBoxY>(s.y[r.stage], maps.y, full, k, t.y0, rank);
@@ -247,7 +254,7 @@ DEVICE_FN void load_scales(typename C::Smem& s, Work work) {
     for (int kb = 0; kb < t.k_blocks; ++kb, r.next()) {
       if (!BUG(scales_do_not_wait)) mbarrier_wait(&s.empty[r.stage], r.phase ^ 1);
       if constexpr (C::kRowScales) x.load(s.scale_x[r.stage]);
-      if constexpr (C::kColScales) y.load(s.scale_y[r.stage]);
+      if constexpr (C::kColScales) y.load(s.scale_y[r.template scale_slot<C::kTurns>()]);
       cp_async_mbarrier_arrive(&s.full[r.stage]);
     }
   }
@@ -334,21 +341,6 @@ struct StageScales {
   }
 };
 
-// sum += scale_x * scale_y * product, with the scales of y read as they are needed.
-template <class C>
-DEVICE_FN void add_scaled(const float* scale_y, const float (&scale_x)[2], const float (&product)[C::kSums],
-                          float (&sum)[C::kSums]) {
-#pragma unroll
-  for (int i = 0; i < C::kSums; i += 4) {
-    const float2 y = *reinterpret_cast<const float2*>(&scale_y[i * 2 + threadIdx.x % 4 * 2]);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      sum[i + 2 * row] += scale_x[row] * y.x * product[i + 2 * row];
-      sum[i + 2 * row + 1] += scale_x[row] * y.y * product[i + 2 * row + 1];
-    }
-  }
-}
-
 // Starts the multiplication of a stage's 64 rows from `first_row`.
 template <class C>
 DEVICE_FN void start_product(typename C::Smem& s, int stage, int first_row, float (&product)[C::kSums]) {
@@ -372,11 +364,24 @@ DEVICE_FN void release_stage(typename C::Smem& s, int stage) {
   }
 }
 
+// sum += scale_x * scale_y * product, with late scales of y read as they are needed.
 template <class C>
-DEVICE_FN void add_products(const StageScales<C>& scales, int boundary, const float (&product)[C::kSums],
-                            float (&sum)[C::kSums]) {
+DEVICE_FN void add_products(const typename C::Smem& s, int slot, const StageScales<C>& scales, int boundary,
+                            const float (&product)[C::kSums], float (&sum)[C::kSums]) {
+  if constexpr (C::kLateScales) {
 #pragma unroll
-  for (int i = 0; i < C::kSums; ++i) sum[i] += scales.of(i, boundary) * product[i];
+    for (int i = 0; i < C::kSums; i += 4) {
+      const float2 y = *reinterpret_cast<const float2*>(&s.scale_y[slot][i * 2 + threadIdx.x % 4 * 2]);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        sum[i + 2 * row] += scales.x[row] * y.x * product[i + 2 * row];
+        sum[i + 2 * row + 1] += scales.x[row] * y.y * product[i + 2 * row + 1];
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < C::kSums; ++i) sum[i] += scales.of(i, boundary) * product[i];
+  }
 }
 
 // sum[wave] += the scaled products of one tile, over all of its k, or over this warpgroup's half of the blocks.
@@ -384,6 +389,8 @@ template <class C>
 DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group, BlockScales<C>& blocks,
                              float (&sum)[C::kWaves][C::kSums]) {
   float product[C::kSums];
+  // Unrolled, so that the next stage is asked for while products are scaled.
+#pragma unroll(C::kLateScales ? 1 : 4)
   for (int kb = 0; kb < t.k_blocks; ++kb, r.next()) {
     if (C::kHalves && kb % 2 != group) continue;
     if (!BUG(full_wait_missing)) mbarrier_wait(&s.full[r.stage], r.phase);
@@ -395,19 +402,10 @@ DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Til
       StageScales<C> scales(s, r.stage, first_row, blocks);
       start_product<C>(s, r.stage, first_row, product);
       if (!BUG(wgmma_wait_missing)) wgmma_wait<0>(product);
-      const bool late = C::kLateScales && !BUG(late_scales_after_release);
-      const bool releases = wave == C::kWaves - 1 && !BUG(stage_released_early) && !BUG(stage_never_released);
-      if (releases && !late) release_stage<C>(s, r.stage);
+      if (wave == C::kWaves - 1 && !BUG(stage_released_early) && !BUG(stage_never_released))
+        release_stage<C>(s, r.stage);
       if (BUG(scale_read_after_release)) scales = StageScales<C>(s, r.stage, first_row, blocks);
-      if constexpr (C::kLateScales) {
-        add_scaled<C>(s.scale_y[r.stage], scales.x, product, sum[wave]);
-        if (releases && late) {
-          if (!BUG(late_syncwarp_missing)) __syncwarp();
-          release_stage<C>(s, r.stage);
-        }
-      } else {
-        add_products<C>(scales, t.boundary, product, sum[wave]);
-      }
+      add_products<C>(s, r.template scale_slot<C::kTurns>(), scales, t.boundary, product, sum[wave]);
     }
   }
 }
@@ -418,24 +416,25 @@ DEVICE_FN void multiply_tile_ahead(typename C::Smem& s, Ring<C::kStages>& r, con
                                    BlockScales<C>& blocks, float (&sum)[C::kWaves][C::kSums]) {
   struct Step {
     float product[C::kSums];
-    int stage;
+    int stage, slot;
     StageScales<C> scales;
   } even, odd;
   auto start = [&](Step& step) {
     if (!BUG(full_wait_missing)) mbarrier_wait(&s.full[r.stage], r.phase);
     blocks.next();
-    step.stage = r.stage;
+    step.stage = r.stage, step.slot = r.template scale_slot<C::kTurns>();
     step.scales = StageScales<C>(s, r.stage, group * kWaveRows, blocks);
     start_product<C>(s, r.stage, group * kWaveRows, step.product);
     r.next();
   };
   auto add = [&](Step& step) {
     if (!BUG(stage_never_released)) release_stage<C>(s, step.stage);
-    add_products<C>(step.scales, t.boundary, step.product, sum[0]);
+    add_products<C>(s, step.slot, step.scales, t.boundary, step.product, sum[0]);
   };
   if (t.k_blocks == 0) return;
   start(even);
   int left = t.k_blocks;
+#pragma unroll 2
   for (; left > 2; left -= 2) {
     start(odd);
     if (!BUG(older_product_not_awaited)) wgmma_wait<1>(even.product);

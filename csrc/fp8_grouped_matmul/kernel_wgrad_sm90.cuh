@@ -21,17 +21,26 @@
 //           E=8, 4096 rows each, n=4096, k=7168: 1.32 GB, 0.28 ms at 4.8 TB/s, against 0.97 ms of multiplication at
 //           1979 TFLOP/s.
 #pragma once
-#include "common/fp8_sm90.cuh"
+#include "common/fp8_sm90_store.cuh"
 #include "params.h"
 
 namespace deepseek_kernels::fp8_grouped_matmul {
 using namespace fp8;
 
-template <int kTileM_, int kTileN_, int kClusterM_, int kClusterN_>
-struct WgradConfig : Config<void, kTileM_, kTileN_, kTileM_, kTileN_, kClusterM_ * kClusterN_,
-                            (kClusterN_ > 1) ? Shared::kX : Shared::kY, 0> {
+// kStaged: the sums leave through shared memory, while the next tile is multiplied.
+template <int kTileM_, int kTileN_, int kClusterM_, int kClusterN_, bool kStaged_ = false>
+struct WgradConfig : Config<std::conditional_t<kStaged_, float, void>, kTileM_, kTileN_, kTileM_, kTileN_,
+                            kClusterM_ * kClusterN_, (kClusterN_ > 1) ? Shared::kX : Shared::kY, 0> {
   static constexpr int kTileM = kTileM_, kTileN = kTileN_, kClusterM = kClusterM_, kClusterN = kClusterN_;
-  static_assert(kClusterM == 1 || kClusterN == 1);
+  static constexpr bool kStaged = kStaged_, kSwap = false;
+  static constexpr int kSize = 4, kBoxM = kWaveRows, kBoxN = 32, kBoxRowBytes = kBoxN * kSize;
+  static constexpr Swizzle kSwizzle = Swizzle::k128;
+  static_assert((kClusterM == 1 || kClusterN == 1) && kTileN % kBoxN == 0);
+};
+
+struct WgradMaps {
+  OperandMaps operands;
+  TensorMap d;  // where the sums are staged
 };
 
 struct WgradTile : Tile {
@@ -132,20 +141,57 @@ DEVICE_FN void store_sums(const Fp8GroupedWgradParams& p, const WgradTile& t, in
   }
 }
 
+// The same by TMA, which adds where it is asked to: an element has one addition.
+template <class C>
+DEVICE_FN void stage_sums(typename C::Smem& s, const TensorMap& map, const Fp8GroupedWgradParams& p, const WgradTile& t,
+                          int group, const float (&sum)[C::kWaves][C::kSums]) {
+  if (p.accumulate && t.k_blocks == 0) return;
+  const bool stores = threadIdx.x % kGroupThreads == 0;
+  if (!BUG(store_wait_missing)) {
+    if (stores) tma_store_wait<0>();  // the previous tile has left the staging buffer
+    named_barrier_sync(1 + group, kGroupThreads);
+  }
+#pragma unroll
+  for (int wave = 0; wave < C::kWaves; ++wave) stage<C>(s.d[group][wave], sum[wave]);
+  if (!BUG(fence_proxy_async_missing)) fence_proxy_async();
+  if (!BUG(barrier_before_store_missing)) named_barrier_sync(1 + group, kGroupThreads);
+  if (!stores) return;
+#pragma unroll
+  for (int wave = 0; wave < C::kWaves; ++wave)
+    for (int column = 0; column < C::kTileN; column += C::kBoxN) {
+      const uint8_t* box = staged<C>(s.d[group][wave], 0, column);
+      const int x = t.y0 + column, y = t.x0 + (group * C::kWaves + wave) * kWaveRows;
+      const int expert = BUG(first_expert_only) ? 0 : t.expert;
+      if (p.accumulate && !BUG(stored_for_added)) {
+        tma_reduce_add_3d(box, map, x, y, expert);
+      } else {
+        tma_store_3d(box, map, x, y, expert);
+      }
+    }
+  tma_store_commit();
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    wgrad_kernel(const __grid_constant__ OperandMaps maps, const __grid_constant__ Fp8GroupedWgradParams p) {
+    wgrad_kernel(const __grid_constant__ WgradMaps maps, const __grid_constant__ Fp8GroupedWgradParams p) {
   DYNAMIC_SMEM(raw_smem);
   auto& s = *reinterpret_cast<typename C::Smem*>(raw_smem);
   if (threadIdx.x / 32 == 0 && elect_one()) {
-    prefetch_tensor_map(maps.x), prefetch_tensor_map(maps.y);
-    init_barriers<C>(s, maps);
+    prefetch_tensor_map(maps.operands.x), prefetch_tensor_map(maps.operands.y), prefetch_tensor_map(maps.d);
+    init_barriers<C>(s, maps.operands);
   }
   sync_cluster<C>();
   if (!BUG(dependency_wait_missing)) grid_dependency_wait();
   work_in_roles<C>(
-      s, maps, [&] { return WgradWork<C>(p); },
-      [&](const WgradTile& t, int group, auto& sum) { store_sums<C>(p, t, group, sum); }, [](int) {});
+      s, maps.operands, [&] { return WgradWork<C>(p); },
+      [&](const WgradTile& t, int group, auto& sum) {
+        if constexpr (C::kStaged) {
+          stage_sums<C>(s, maps.d, p, t, group, sum);
+        } else {
+          store_sums<C>(p, t, group, sum);
+        }
+      },
+      [](int) {});
 }
 
 }  // namespace deepseek_kernels::fp8_grouped_matmul

@@ -10,13 +10,18 @@ template <class C>
 bool launch_if_asked_for(const Fp8GroupedWgradParams& p) {
   if (p.tile_m != C::kTileM || p.tile_n != C::kTileN || p.cluster_m != C::kClusterM || p.cluster_n != C::kClusterN)
     return false;
-  OperandMaps maps = operand_maps<C>({p.grad_t, p.n, p.columns, p.ld_grad}, {p.a_t, p.k, p.columns, p.ld_a});
+  WgradMaps maps = {operand_maps<C>({p.grad_t, p.n, p.columns, p.ld_grad}, {p.a_t, p.k, p.columns, p.ld_a}), {}};
   const int64_t blocks = ceil_div<int64_t>(p.columns, kTileK);
   const RowScales scale_grad = {p.scale_grad, 1, p.n, blocks, 0, p.scale_grad_stride_n, p.scale_grad_stride_c};
   const RowScales scale_a = {p.scale_a, 1, p.k, blocks, 0, p.scale_a_stride_k, p.scale_a_stride_c};
   if (scale_grad.can_be_mapped() && scale_a.can_be_mapped()) {
-    maps.scales = true;
-    maps.scale_x = scale_grad.map(C::kTileM), maps.scale_y = scale_a.map(C::kTileN);
+    maps.operands.scales = true;
+    maps.operands.scale_x = scale_grad.map(C::kTileM), maps.operands.scale_y = scale_a.map(C::kTileN);
+  }
+  if constexpr (C::kStaged) {
+    const int64_t between = p.num_experts == 1 ? p.ldd * p.n : p.d_stride_e;
+    maps.d = tensor_map_3d(
+        p.d, {Element::kFp32, p.k, p.n, p.num_experts, p.ldd, between, C::kBoxN, C::kBoxM, 1, C::kSwizzle});
   }
   LaunchConfig config{};
   config.grid_x = p.ctas;
@@ -38,7 +43,7 @@ struct Compiled {
 };
 
 // tile_m, tile_n, cluster_m, cluster_n
-using Instances = Compiled<WgradConfig<128, 64, 1, 1>, WgradConfig<128, 128, 1, 2>, WgradConfig<128, 192, 2, 1>,
+using Instances = Compiled<WgradConfig<128, 64, 1, 1>, WgradConfig<128, 128, 1, 2, true>, WgradConfig<128, 192, 2, 1>,
                            WgradConfig<256, 128, 1, 2>>;
 
 }  // namespace

@@ -18,7 +18,7 @@ def launch(
 ) -> None:
     """out fp32 [E, n, k] (+)= the sums over each expert's columns; without offsets E is 1.
 
-    grad_t [n, C] and a_t [k, C]: rows that are contiguous and begin at multiples of 16 bytes; out at multiples of 8.
+    grad_t [n, C] and a_t [k, C]: rows that are contiguous and begin at multiples of 16 bytes, and so do those of out.
     """
     address = _extension.address
     _extension.module().fp8_grouped_matmul_wgrad(

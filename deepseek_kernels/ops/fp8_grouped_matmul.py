@@ -350,7 +350,7 @@ def _cuda_wgrad(config, grad_t, scale_grad, a_t, scale_a, expert_offsets, out, a
         return
     grad_t, a_t = _matrices(grad_t[None])[0], _matrices(a_t[None])[0]
     d = out
-    if out.data_ptr() % 8:  # a view into a flat buffer may begin anywhere
+    if out.data_ptr() % 16:  # a view into a flat buffer may begin anywhere
         d = _allocate.empty(out.shape, out.dtype, out.device)
         if accumulate:
             d.copy_(out)

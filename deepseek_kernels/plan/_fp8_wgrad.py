@@ -9,6 +9,8 @@ from . import _fp8_hopper as hopper
 
 INSTANCES = ((128, 64, 1, 1), (128, 128, 1, 2), (128, 192, 2, 1), (256, 128, 1, 2))
 """What launch_wgrad.cu compiles: tile_m of n, tile_n of k, cluster_m, cluster_n."""
+STAGED = (128, 128)
+"""The tile whose sums TMA stores, or adds, while the next one is multiplied."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ def is_legal(c: WgradConfig) -> str:
 
 
 def stages(t: hopper.Tile) -> int:
-    """Of 128 columns, that fit; nothing is staged but the operands and a scale for each of their rows."""
-    return (hopper.SHARED_MEMORY - 1024) // ((t.tile_m + t.tile_n) * (BLOCK + 4) + 16)
+    """Of 128 columns, that fit beside the sums, where they are staged; scales of y are kept for two turns of them."""
+    reserved = 4 * t.tile_m * t.tile_n + 144 if (t.tile_m, t.tile_n) == STAGED else 1024
+    return (hopper.SHARED_MEMORY - reserved) // ((t.tile_m + t.tile_n) * BLOCK + 4 * t.tile_m + 8 * t.tile_n + 16)
 
 
 def seconds(c: WgradConfig, s: Size, device: DeviceSpec) -> float:
