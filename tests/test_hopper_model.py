@@ -102,18 +102,19 @@ def test_three_dimensional_loads_in_the_model(primitives_in_model):
 
 def test_three_dimensional_stores_and_reductions_in_the_model(primitives_in_model):
     source = torch.arange(2 * 8 * 32).view(2, 8, 32) * 0.25
-    for name, corners, add in [("tma_stored_3d", BATCH_CORNERS[:2], False), ("tma_reduced_3d", BATCH_CORNERS, True)]:
-        padded, inside = batch(torch.float32, torch.zeros(3, 10, 32))
-        for x, y, z in corners:
-            target = box(padded, (x // 4, y, z))
-            target.copy_(target + source if add else source)
-        assert torch.equal(as_tensor(primitives_in_model[name]).view(torch.float32).view(3, 10, 32), inside)
-    rows = torch.zeros(16 + 30 + 16, 96)
-    for x, y, _ in BATCH_CORNERS:
-        rows[16 + y : 32 + y, 32 + x // 4 : 64 + x // 4] += 2 * source.view(16, 32)  # by two CTAs
-    assert torch.equal(
-        as_tensor(primitives_in_model["tma_reduced_2d"]).view(torch.float32).view(30, 32), rows[16:46, 32:64]
-    )
+    for suffix, corners in (("", BATCH_CORNERS[:2]), ("_before", BATCH_CORNERS[2:])):
+        for name, add in (("tma_stored_3d", False), ("tma_reduced_3d", True)):
+            padded, inside = batch(torch.float32, torch.zeros(3, 10, 32))
+            for x, y, z in corners:
+                target = box(padded, (x // 4, y, z))
+                target.copy_(target + source if add else source)
+            got = as_tensor(primitives_in_model[name + suffix]).view(torch.float32).view(3, 10, 32)
+            assert torch.equal(got, inside), name + suffix
+        rows = torch.zeros(16 + 30 + 16, 96)
+        for x, y, _ in corners:
+            rows[16 + y : 32 + y, 32 + x // 4 : 64 + x // 4] += 2 * source.view(16, 32)  # by two CTAs
+        got = as_tensor(primitives_in_model["tma_reduced_2d" + suffix]).view(torch.float32).view(30, 32)
+        assert torch.equal(got, rows[16:46, 32:64]), suffix
 
 
 @pytest.mark.parametrize("count", [2, 4])
