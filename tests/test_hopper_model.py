@@ -62,7 +62,9 @@ def test_primitives_in_the_model(primitives_in_model):
     thread = torch.arange(128)
     keys = ((thread * 37 + thread // 32) % 64 * 0x03FFFFFF).view(4, 32)
     leading = torch.tensor([32 - int(k).bit_length() for k in keys.flatten()]).view(4, 32)
-    assert torch.equal(got["reduce_max"][:128].long().view(4, 32), (keys.amax(1, keepdim=True) >> 24) ^ leading)
+    assert torch.equal(got["reduce"][:128].long().view(4, 32), (keys.amax(1, keepdim=True) >> 24) ^ leading)
+    sums = (thread - 70).view(4, 32).sum(1, keepdim=True).expand(4, 32)
+    assert torch.equal(got["reduce"][128:256].long().view(4, 32), sums % 256)
     i = torch.arange(40 * 128)
     matrix = (i * 37 + i // 128).to(torch.uint8).view(40, 128)
     corners = got["tma_load_128"][: 6 * 32 * 128].view(3, 2, 32, 128)[:, 1]

@@ -128,7 +128,8 @@ bool elect_one();
 uint64_t shuffle(uint32_t mask, uint64_t v, int src_lane);  // warp rendezvous; returns the value of src_lane
 uint32_t ballot(uint32_t mask, bool vote);
 uint32_t reduce_max(uint32_t mask, uint32_t v);
-void syncwarp(uint32_t mask);  // of these four the only one that orders memory
+uint32_t reduce_add(uint32_t mask, uint32_t v);
+void syncwarp(uint32_t mask);  // of these five the only one that orders memory
 void atomic_access(void* p, size_t bytes);
 [[noreturn]] void fail(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 }  // namespace model
@@ -166,6 +167,7 @@ inline uint32_t __ballot_sync(uint32_t m, int vote) { return model::ballot(m, vo
 inline int __any_sync(uint32_t m, int vote) { return model::ballot(m, vote != 0) != 0; }
 inline int __all_sync(uint32_t m, int vote) { return model::ballot(m, vote == 0) == 0; }
 inline uint32_t __reduce_max_sync(uint32_t m, uint32_t v) { return model::reduce_max(m, v); }
+inline int __reduce_add_sync(uint32_t m, int v) { return int(model::reduce_add(m, uint32_t(v))); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }

@@ -292,10 +292,11 @@ __global__ void elect(uint8_t* out) {
   out[threadIdx.x] = uint8_t(__popc(elected));
 }
 
-__global__ void reduce_max(uint8_t* out) {
+__global__ void reduce(uint8_t* out) {
   const uint32_t mine = (threadIdx.x * 37 + threadIdx.x / 32) % 64 * 0x03FFFFFFu;
   const uint32_t largest = __reduce_max_sync(0xffffffffu, mine);
   out[threadIdx.x] = uint8_t(largest >> 24) ^ uint8_t(__clz(int(mine)));
+  out[128 + threadIdx.x] = uint8_t(__reduce_add_sync(0xffffffffu, int(threadIdx.x) - 70));
 }
 
 // 168 a thread at the start.
@@ -470,7 +471,7 @@ void run_all() {
   record("stores_across_cluster", stores_across_cluster, 2, 128, 2);
   record("named_barriers", named_barriers, 1, 128, 1);
   record("elect", elect, 1, 128, 1);
-  record("reduce_max", reduce_max, 1, 128, 1);
+  record("reduce", reduce, 1, 128, 1);
   record("registers", registers, 1, 384, 1);
 
   Buffer<uint8_t> a(128 * 128), b(128 * 128);

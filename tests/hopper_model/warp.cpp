@@ -87,6 +87,13 @@ uint32_t reduce_max(uint32_t mask, uint32_t v) {
     if (mask >> lane & 1) largest = std::max(largest, uint32_t(values[lane]));
   return largest;
 }
+uint32_t reduce_add(uint32_t mask, uint32_t v) {
+  const uint64_t* values = meet(mask, v, false);
+  uint32_t sum = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) sum += uint32_t(values[lane]);
+  return sum;
+}
 
 void stmatrix(int count, bool transposed, void* row, const std::array<uint32_t, 4>& registers) {
   const int lane = g->cur->tid % 32, matrix = lane / 8, j = lane % 8;
