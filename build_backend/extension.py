@@ -123,8 +123,11 @@ def ninja_file(
 
     csrc = root / "csrc"
     for source in sorted([*csrc.glob("*.cpp"), *csrc.glob("common/**/*.cpp")]):
-        archs_define = [f'-DDEEPSEEK_KERNELS_ARCHS="{",".join(archs)}"'] if source.name == "bindings.cpp" else []
-        compile("cxx", source, source.stem, [*host, *archs_define], "")
+        # Nothing here is run often, and pybind11's templates take gcc a fifth less time so.
+        flags = [*host, "-O1"]
+        if source.name == "bindings.cpp":
+            flags += [f'-DDEEPSEEK_KERNELS_ARCHS="{",".join(archs)}"']
+        compile("cxx", source, source.stem, flags, "")
     for source in sorted(csrc.glob("*/cpu.cpp")):
         for isa, flags in isa_flags(platform.machine()).items():
             compile("cxx", source, f"{source.parent.name}-{isa}", [*host, *flags, f"-DDSK_ISA={isa}"], isa)

@@ -192,7 +192,8 @@ def test_build_without_cuda_and_rebuild(tree):
 
     result, seconds = timed(build)
     assert result.returncode == 0, result.stdout
-    assert seconds < 240  # of a busy core; 125 where it took two quiet ones 69 by the clock
+    # The goal is 60 by the clock on two quiet cores. A busy one takes up to twice the processor time for the same work.
+    assert seconds < 120
     result, seconds = timed(build)
     assert "no work to do" in result.stdout and seconds < 10
     header.write_text("#pragma once\n#define CHANGED\n")
@@ -200,6 +201,7 @@ def test_build_without_cuda_and_rebuild(tree):
 
     library = tree / "deepseek_kernels" / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
     check_links(library)
+    assert library.stat().st_size < 4e6
     subprocess.run([sys.executable, "-c", "import _C"], cwd=library.parent, check=True)
 
 
@@ -305,6 +307,7 @@ def test_wheel_owns_one_top_level_name(wheel):
     assert "deepseek_kernels/triton_kernels/__init__.py" in names
     assert "deepseek_kernels/removed_since.py" not in names
     assert {"deepseek_kernels/py.typed", "deepseek_kernels/_C.pyi"} <= set(names)
+    assert wheel[0].stat().st_size < 30e6
 
 
 def test_unknown_architecture_is_dropped_with_one_line(wheel):

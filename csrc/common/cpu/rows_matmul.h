@@ -30,99 +30,80 @@ inline int64_t padded(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
 // Floats of scratch that one thread needs for `m` rows.
 inline int64_t rows_matmul_scratch(int64_t m) { return kPanel * (kChunk + slice_rows(m) * kLanes); }
 
-template <int kM, int kN>
-inline void clear(Vec (&acc)[kM][kN]) {
+template <int kM>
+inline void clear(Vec (&acc)[kM][kTileN]) {
   for (auto& row : acc)
     for (Vec& v : row) v = zero();
 }
 
-// acc[i][r] += a[i][k] * source(r, k) over [begin, end), all multiples of kLanes.
-template <int kM, int kN, class Source>
-inline void multiply(const float* const* a, const Source& source, int64_t begin, int64_t end, Vec (&acc)[kM][kN]) {
-  for (int64_t k = begin; k < end; k += kLanes) {
-    Vec w[kN];
-    for (int r = 0; r < kN; ++r) w[r] = source(r, k);
-    for (int i = 0; i < kM; ++i) {
-      const Vec x = load(a[i] + k);
-      for (int r = 0; r < kN; ++r) acc[i][r] = fma(x, w[r], acc[i][r]);
-    }
-  }
-}
-
-// One pass over kN weight rows for kM rows of a, decoding in registers.
-template <int kM, int kN, class Weight, class Store>
-void stream_tile(const float* const* a, const Weight& weight, int64_t j, int64_t k, const Store& store) {
-  typename Weight::Row rows[kN];
-  for (int r = 0; r < kN; ++r) rows[r] = weight.row(j + r);
-  Vec totals[kM][kN], sums[kM][kN];
+// One pass over `count` <= kTileN weight rows for kM rows of a, decoding in registers. A tile that is not full reads
+// its last row again: rarely needed, so not worth code of its own.
+template <int kM, class Weight, class Store>
+void stream_tile(const float* const* a, const Weight& weight, int64_t j, int count, int64_t k, const Store& store) {
+  typename Weight::Row rows[kTileN];
+  for (int r = 0; r < kTileN; ++r) rows[r] = weight.row(j + (r < count ? r : count - 1));
+  Vec totals[kM][kTileN], sums[kM][kTileN];
   clear(totals);
-  Vec(&acc)[kM][kN] = Weight::kScaled ? sums : totals;
+  Vec(&acc)[kM][kTileN] = Weight::kScaled ? sums : totals;
   const auto add = [&](int64_t c, int r, const Vec(&w)[2]) {
     for (int h = 0; h < 2; ++h)
       for (int i = 0; i < kM; ++i) acc[i][r] = fma(load(a[i] + c + h * kLanes), w[h], acc[i][r]);
   };
   for (int64_t block = 0; block < k; block += kScaleBlock) {
     const int64_t end = block + kScaleBlock < k ? block + kScaleBlock : k, whole = end - (end - block) % kStep;
-    for (int r = 0; r < kN; ++r) rows[r].prefetch(block);
+    for (int r = 0; r < kTileN; ++r) rows[r].prefetch(block);
     if (Weight::kScaled) clear(sums);
     for (int64_t c = block; c < whole; c += kStep) {
-      for (int r = 0; r < kN; ++r) {
+      for (int r = 0; r < kTileN; ++r) {
         Vec w[2];
         rows[r].load(c, w);
         add(c, r, w);
       }
     }
-    for (int r = 0; whole < end && r < kN; ++r) {
+    for (int r = 0; whole < end && r < kTileN; ++r) {
       Vec w[2];
       rows[r].load_part(whole, end - whole, w);
       add(whole, r, w);
     }
-    for (int r = 0; Weight::kScaled && r < kN; ++r) {
+    for (int r = 0; Weight::kScaled && r < kTileN; ++r) {
       const Vec unit = splat(rows[r].unit(block / kScaleBlock));
       for (int i = 0; i < kM; ++i) totals[i][r] = fma(sums[i][r], unit, totals[i][r]);
     }
   }
-  for (int r = 0; r < kN; ++r) {
+  for (int r = 0; r < count; ++r) {
     const bool nan = rows[r].is_nan(k);
     for (int i = 0; i < kM; ++i) store(i, j + r, nan ? as_float(0x7FC00000) : sum(totals[i][r]));
   }
 }
 
-template <int kN, class Weight, class Store>
-void stream_rows(const float* const* a, int m, const Weight& weight, int64_t j, int64_t k, const Store& store) {
-  with_count<kTileM>(m, [&](auto tag) { stream_tile<decltype(tag)::kCount, kN>(a, weight, j, k, store); });
-}
-
-// kM rows of a times kN decoded weight rows of `columns` in `tile`; sums continue in `partial`.
-template <int kM, int kN>
-inline void tile_step(const float* const* a, const float* tile, int64_t columns, float* partial) {
-  Vec acc[kM][kN];
-  for (int i = 0; i < kM; ++i)
-    for (int r = 0; r < kN; ++r) acc[i][r] = load(partial + (i * kN + r) * kLanes);
-  multiply<kM, kN>(a, [&](int r, int64_t c) { return load(tile + r * kChunk + c); }, 0, columns, acc);
-  for (int i = 0; i < kM; ++i)
-    for (int r = 0; r < kN; ++r) store(partial + (i * kN + r) * kLanes, acc[i][r]);
-}
-
-// kM rows of a times the `count` weight rows of a panel; a tile of kTileN keeps [row of a][weight row], the rest of
-// the panel [weight row][row of a].
+// kM rows of a times kTileN decoded weight rows of `columns` in `tile`; sums continue in `partial`.
 template <int kM>
-void panel_step(const float* const* a, int64_t offset, int count, const float* tile, int64_t columns, float* partial) {
-  const float* rows[kM];
-  for (int i = 0; i < kM; ++i) rows[i] = a[i] + offset;
-  int r = 0;
-  for (; r + kTileN <= count; r += kTileN) {
-    tile_step<kM, kTileN>(rows, tile + r * kChunk, columns, partial + r * kM * kLanes);
+inline void tile_step(const float* const* a, const float* tile, int64_t columns, float* partial) {
+  Vec acc[kM][kTileN];
+  for (int i = 0; i < kM; ++i)
+    for (int r = 0; r < kTileN; ++r) acc[i][r] = load(partial + (i * kTileN + r) * kLanes);
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    Vec w[kTileN];
+    for (int r = 0; r < kTileN; ++r) w[r] = load(tile + r * kChunk + k);
+    for (int i = 0; i < kM; ++i) {
+      const Vec x = load(a[i] + k);
+      for (int r = 0; r < kTileN; ++r) acc[i][r] = fma(x, w[r], acc[i][r]);
+    }
   }
-  for (; r < count; ++r) tile_step<kM, 1>(rows, tile + r * kChunk, columns, partial + r * kM * kLanes);
+  for (int i = 0; i < kM; ++i)
+    for (int r = 0; r < kTileN; ++r) store(partial + (i * kTileN + r) * kLanes, acc[i][r]);
 }
 
+// A panel of `count` <= kPanel weight rows. Partial sums: [tile of rows of a][tile of weight rows][row of a][weight
+// row].
 template <class Weight, class Store>
 void panel_rows(const float* const* a, int m, const Weight& weight, int64_t j, int count, int64_t k, float* scratch,
                 const Store& store_result) {
   float* tile = scratch;
   float* partial = scratch + kPanel * kChunk;
-  std::memset(partial, 0, sizeof(float) * size_t(m * count * kLanes));
+  const int padded_count = (count + kTileN - 1) / kTileN * kTileN;
+  std::memset(partial, 0, sizeof(float) * size_t(m * padded_count * kLanes));
+  std::memset(tile + count * kChunk, 0, sizeof(float) * size_t((padded_count - count) * kChunk));
   for (int64_t begin = 0; begin < k; begin += kChunk) {
     const int64_t end = begin + kChunk < k ? begin + kChunk : k;
     for (int r = 0; r < count; ++r) {
@@ -133,17 +114,21 @@ void panel_rows(const float* const* a, int m, const Weight& weight, int64_t j, i
     const int64_t columns = padded(end - begin);
     for (int i = 0; i < m; i += kTileM) {
       with_count<kTileM>(m - i < kTileM ? m - i : kTileM, [&](auto tag) {
-        panel_step<decltype(tag)::kCount>(a + i, begin, count, tile, columns, partial + i * count * kLanes);
+        constexpr int kM = decltype(tag)::kCount;
+        const float* rows[kM];
+        for (int q = 0; q < kM; ++q) rows[q] = a[i + q] + begin;
+        for (int r = 0; r < padded_count; r += kTileN) {
+          tile_step<kM>(rows, tile + r * kChunk, columns, partial + (i * padded_count + r * kM) * kLanes);
+        }
       });
     }
   }
   for (int r = 0; r < count; ++r) {
     const bool nan = weight.row(j + r).is_nan(k);
-    const int start = r / kTileN * kTileN, width = start + kTileN <= count ? kTileN : 1;
     for (int i = 0; i < m; ++i) {
       const int first = i / kTileM * kTileM, rows = m - first < kTileM ? m - first : kTileM;
-      const int at = width == 1 ? r * rows + i - first : start * rows + (i - first) * kTileN + r - start;
-      const Vec v = load(partial + (first * count + at) * kLanes);
+      const int at = r / kTileN * kTileN * rows + (i - first) * kTileN + r % kTileN;
+      const Vec v = load(partial + (first * padded_count + at) * kLanes);
       store_result(i, j + r, nan ? as_float(0x7FC00000) : sum(v));
     }
   }
@@ -155,8 +140,12 @@ void rows_matmul(const float* const* a, int m, const Weight& weight, int64_t beg
                  float* scratch, const Store& store) {
   int64_t j = begin;
   if (m <= kTileM) {
-    for (; j + kTileN <= end; j += kTileN) stream_rows<kTileN>(a, m, weight, j, k, store);
-    for (; j < end; ++j) stream_rows<1>(a, m, weight, j, k, store);
+    with_count<kTileM>(m, [&](auto tag) {
+      for (; j < end; j += kTileN) {
+        const int count = int(end - j < kTileN ? end - j : kTileN);
+        stream_tile<decltype(tag)::kCount>(a, weight, j, count, k, store);
+      }
+    });
     return;
   }
   for (; j < end; j += kPanel) {
