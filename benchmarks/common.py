@@ -375,7 +375,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "clocks": clocks() if device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
         | {p: v for p in packages if (v := _version(p))},
-        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("DEEPSEEK_KERNELS_COMMIT"),
+        "commit": os.environ.get("DEEPSEEK_KERNELS_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "dirty": None if dirty is None else bool(dirty),
         "command": shlex.join(["python", *sys.argv]),
     }

@@ -57,7 +57,8 @@ __global__ void tiles(const __grid_constant__ TensorMap map, float* out, int* ti
         *p = sum;
       }
     } else if (threadIdx.x == 0) {
-      tma_reduce_add_3d(s.box, map, 0, tile % 8, BUG(matrix_of_next_tile) ? (tile + 1) % 2 : tile % 2);
+      tma_reduce_add_3d(s.box, map, 0, BUG(row_before_the_first) ? tile % 8 - 1 : tile % 8,
+                        BUG(matrix_of_next_tile) ? (tile + 1) % 2 : tile % 2);
       tma_store_commit();
       if (!BUG(reduction_not_waited_for)) tma_store_wait<0>();
     }
@@ -103,6 +104,7 @@ __global__ void exchange(float* out) {
   DYNAMIC_SMEM(raw);
   Smem& s = *reinterpret_cast<Smem*>(raw);
   s.exchange[threadIdx.x] = float(threadIdx.x);
+  if (BUG(too_few_registers_asked_for)) reg_inc<160>();
   if (BUG(shuffle_for_syncwarp)) {
     __shfl_sync(0xffffffffu, 0, 0);
   } else {

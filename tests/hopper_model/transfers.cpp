@@ -220,6 +220,8 @@ void tma_store(int rank, const void* src, const TensorMap& map, const Corner& co
   s->lo = smem_addr(src), s->hi = s->lo + map.bytes();
   s->map = map, s->corner = corner, s->add = add, s->owner = g->cur;
   check_tma(rank, map, s->lo, what);
+  for (int i = 0; i < rank; ++i)  // loads may begin there
+    if (corner[i] < 0) fail("%s before the beginning of the tensor: an illegal instruction on the GPU", what);
   if (add && map.elem != 4) fail("TMA reduction of %u-byte elements: not modelled", map.elem);
   Cta* c = g->cur->cta;
   check_settled(c, s->lo, s->hi, what, false);
