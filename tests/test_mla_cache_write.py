@@ -165,8 +165,19 @@ def test_any_number_of_rows_a_program(rows):
     expected, actual = (torch.zeros(5, 1, 656, dtype=torch.uint8) for _ in range(2))
     args = c_kv, k_rope, weight, table, torch.arange(5)
     write("triton", *args, expected, torch.arange(5))
-    kernel.write(plan.Config(rows, 1, False), *args, actual, torch.arange(5), 1e-6, True)
+    kernel.write(plan.Config(rows, 1, 1, False), *args, actual, torch.arange(5), 1e-6, True)
     assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("rows, heads", [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_any_block_of_heads_a_program(rows, heads, interleaved):
+    from deepseek_kernels.triton_kernels import mla_cache_write as kernel
+
+    x, table, positions = torch.randn(5, 6, 24), angles(9, 24), torch.tensor([0, 8, 3, 99, -1])
+    expected, actual = rope("reference", x, table, positions, interleaved=interleaved), torch.empty(5, 6, 24)
+    kernel.rope(plan.Config(rows, heads, 1, False), x, table, positions, interleaved, False, actual)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("device", GPUS.values(), ids=lambda d: d.name)

@@ -169,7 +169,7 @@ def _check_rope(x, cos_sin, positions, interleaved, inverse) -> None:
 def _rope_problem(x, cos_sin, positions, interleaved, inverse) -> plan.Problem:
     num_tokens, heads, d_rope = x.shape
     return plan.Problem(
-        "rope", num_tokens * heads, 0, d_rope, x.element_size(), dtype=str(x.dtype).removeprefix("torch.")
+        "rope", num_tokens * heads, 0, d_rope, x.element_size(), heads=heads, dtype=str(x.dtype).removeprefix("torch.")
     )
 
 

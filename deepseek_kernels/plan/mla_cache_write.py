@@ -10,7 +10,7 @@ from .backend import Environment, cpu_reason, triton_reason
 
 @dataclass(frozen=True)
 class Problem:
-    """`num_rows`: tokens (write), or tokens times heads (rope), which has no latent."""
+    """`num_rows`: tokens (write), or tokens times `heads` (rope), which has no latent."""
 
     kind: Literal["write", "rope"]
     num_rows: int
@@ -20,13 +20,15 @@ class Problem:
     cache_row_bytes: int = 0
     norm: bool = False
     dtype: str = "bfloat16"
+    heads: int = 1
 
 
 @dataclass(frozen=True)
 class Config:
-    """`rows`: rows one program handles."""
+    """`rows`: tokens one program handles, and `heads` of each (rope)."""
 
     rows: int
+    heads: int
     num_warps: int
     native_fp8: bool
 
@@ -54,15 +56,20 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
 
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
-    """A warp for each row of a latent, for every 16 rows of rope alone."""
+    """A warp for each row of a latent, for every 16 rows of rope alone: heads of one token first, which share its
+    cosines."""
     native = device.arch >= 89
-    per_warp = 1 if p.kind == "write" else 16
-    return [Config(per_warp * warps, warps, native) for warps in (1, 2, 4, 8)]
+    if p.kind == "write":
+        return [Config(warps, 1, warps, native) for warps in (1, 2, 4, 8)]
+    most = 1 << max(p.heads - 1, 0).bit_length()
+    blocks = [(16 * warps, min(16 * warps, most), warps) for warps in (1, 2, 4, 8)]
+    return [Config(rows // heads, heads, warps, native) for rows, heads, warps in blocks]
 
 
 def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
     """Warps that the busiest SM runs, and a quarter of one to start each program."""
-    programs = ceil_div(p.num_rows, c.rows)
+    tokens = p.num_rows // max(p.heads, 1)
+    programs = ceil_div(tokens, c.rows) * ceil_div(p.heads, c.heads)
     return ceil_div(programs, device.num_sms) * (c.num_warps + 0.25)
 
 
@@ -70,4 +77,4 @@ def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
     """Only the Triton kernel has a choice of tile."""
     if backend != "triton":
         return None
-    return min(candidates(p, device), key=lambda c: (cost(c, p, device), c.rows))
+    return min(candidates(p, device), key=lambda c: (cost(c, p, device), c.num_warps))
