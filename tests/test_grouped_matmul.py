@@ -205,6 +205,16 @@ def test_backends():
     assert "float64" in reason("triton", dtype="float64")
 
 
+def test_torch_first_on_hopper_where_it_was_measured_faster():
+    def first(device, **changes):
+        p = plan.Problem("forward", 4 * 8192, 4096, 7168, 4)
+        order = plan.preference(plan.replace(p, **changes), device)
+        return min(("torch", "triton"), key=order.index)
+
+    assert first(H200) == "torch"
+    assert first(H200, k=2048) == first(H200, num_rows=80) == first(H200, kind="wgrad") == first(A100) == "triton"
+
+
 def test_automatic_choice_on_a_cpu():
     """The native kernel while reading the weights takes the time, torch's matmul once arithmetic does."""
     environment = _extension.environment()

@@ -213,10 +213,12 @@ def test_splits_change_little_and_write_nothing_else(num_splits, cache_dtype):
         assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8])
 @pytest.mark.parametrize(("block_h", "block_n"), [(16, 64), (64, 32)])
-def test_any_tile(block_h, block_n):
-    cache, table, seqlens = paged(generator(), [70, 9], 64, 2, 256, torch.bfloat16)
-    q = queries(2, 2, 20, dtype=torch.bfloat16)
+def test_any_tile(block_h, block_n, cache_dtype):
+    d_latent = 512 if cache_dtype == FP8 else 256
+    cache, table, seqlens = paged(generator(), [70, 9], 64, 2, d_latent, cache_dtype)
+    q = queries(2, 2, 20, d_latent, torch.bfloat16)
     config = plan.Config(block_h, block_n, 4, 1, 1, True, False)
     actual = op._triton(config, q, cache, table, seqlens, SCALE, True, None)
     check(actual, decode("reference", q, cache, table, seqlens))
@@ -280,6 +282,9 @@ def test_plan_of_known_cases():
     assert many.num_splits == 1, "many sequences fill it by themselves"
     wide = plan.select(plan.Problem(128, 2, 128, 8192), H200, "triton")
     assert (wide.block_h, wide.block_n, wide.hoist) == (64, 64, False)
+    wide = plan.select(plan.Problem(128, 1, 128, 8192, fp8_cache=True), H200, "triton")
+    assert (wide.block_h, wide.block_n, wide.hoist) == (64, 64, False)
+    assert plan.select(plan.Problem(128, 1, 16, 4096, fp8_cache=True), H200, "triton").block_h == 16
     assert plan.select(plan.Problem(128, 2, 128, 8192, page_size=16), H200, "triton").block_n == 32
     assert plan.select(plan.Problem(128, 2, 128, 8192), B200, "triton").block_h == 32, "64 rows do not compile there"
     assert plan.select(plan.Problem(1, 1, 16, 64), A100, "triton").num_splits == 1

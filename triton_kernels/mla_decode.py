@@ -4,8 +4,8 @@
 
 Tiling:  program (sequence, split, block) has BLOCK_H of the s_q * h_q query rows and one of num_splits equal parts of
          the sequence, BLOCK_N tokens at a time. A tile is loaded once and serves as key (transposed) and as value,
-         in halves of d_latent columns, or, FP8, in quarters of 128: each row's scale multiplies its scores and its
-         weights, never the row.
+         in halves of d_latent columns, or, FP8, in quarters of 128, brought to 16 bits once for both: each row's scale
+         multiplies its scores and its weights, never the row.
          Blocks of one part run next to each other and share its rows in L2. Parts are cut on the device by seqlens_kv.
          With more than one split, `_combine` merges (out, lse) of the parts in order.
 Bytes:   b*s_q*h_q*(2*d_latent+64)*2 + sum(seqlens_kv)*row, row = 1152 (bf16) or 656 (FP8).
@@ -16,31 +16,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import dot, e4m3_decode, merge_weights, narrow, weighted
+from .common import INTERPRETED, dot, e4m3_decode, merge_weights, narrow, weighted
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _share(
-    seqlens_kv, s_q, h_q, capacity, num_splits, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
-):
-    """What this program does: its sequence and split, its query rows, and [begin, end) of its tokens."""
+def _share(seqlens_kv, s_q, h_q, capacity, num_splits, causal, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What this program does: its sequence, its part among those of all sequences, its query rows, and [begin, end) of
+    its tokens."""
     num_rows = s_q * h_q
     num_blocks = tl.cdiv(num_rows, BLOCK_H)
     part = tl.program_id(0) // num_blocks
-    split = part % num_splits
     sequence = (part // num_splits).to(tl.int64)
     row = tl.program_id(0) % num_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     length = tl.minimum(tl.maximum(tl.load(seqlens_kv + sequence), 0), capacity)
-    if CAUSAL:
-        end_of_row = length - s_q + row // h_q + 1
-    else:
-        end_of_row = tl.zeros_like(row) + length
+    end_of_row = length - causal * (s_q - 1 - row // h_q)
     tokens_of_part = tl.cdiv(tl.cdiv(length, BLOCK_N), num_splits) * BLOCK_N
-    begin = split * tokens_of_part
+    begin = part % num_splits * tokens_of_part
     end = tl.minimum(tl.max(tl.where(row < num_rows, end_of_row, 0), 0), begin + tokens_of_part)
-    return sequence, split, row, end_of_row, begin, end
+    return sequence, part, row, end_of_row, begin, end
 
 
 @triton.jit
@@ -68,6 +63,23 @@ def _columns(row, present, FIRST: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _scores(q, kv, start, end):
+    """q @ kv^T, where 0 <= start < end.
+
+    Triton gives all warps of a product whose result feeds another product different rows. With 64 rows that is one
+    warpgroup's worth, and the second would compute the same again; but it does not look into branches. One branch is
+    not enough: the layout the weights need would be pushed into it, and the softmax be computed in every layout.
+    """
+    score = tl.zeros((q.shape[0], kv.shape[0]), tl.float32)
+    if q.shape[0] < 64:
+        score = dot(q, tl.trans(kv), score)
+    elif start >= 0:
+        if start < end:
+            score = dot(q, tl.trans(kv), score)
+    return score
+
+
+@triton.jit
 def _softmax(score, visible, scale, top, mass):
     """Weights of one tile, and top, mass and the factor of what came before, in base 2."""
     score = tl.where(visible, score * (scale * _LOG2_E), float("-inf"))
@@ -78,7 +90,7 @@ def _softmax(score, visible, scale, top, mass):
 
 
 @triton.jit
-def _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SINK: tl.constexpr, SPLIT: tl.constexpr):
+def _finish(top, mass, sink, lse, part, row, s_q, h_q, SINK: tl.constexpr, SPLIT: tl.constexpr):
     """Store lse; return what the totals are multiplied with and the rows of `out` they go to."""
     num_rows = s_q * h_q
     inside = row < num_rows
@@ -90,27 +102,26 @@ def _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SI
     if SINK:
         factor *= tl.sigmoid(row_lse - tl.load(sink + head, mask=inside, other=0.0))
     factor = tl.where(seen, factor, 0.0)
+    first = part.to(tl.int64) * num_rows
     if SPLIT:
-        first = (sequence * num_splits + split) * num_rows
         tl.store(lse + first + row, row_lse, mask=inside)
     else:
-        first = sequence * num_rows
         tl.store(lse + first + head * s_q + row // h_q, row_lse, mask=inside)
     return factor[:, None], first + row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_q", "num_splits", "causal"])  # with constants for them it spills
 def _attend(
     q, kv_cache, block_table, seqlens_kv, sink, out, lse, scale, s_q, h_q, pages, max_pages, capacity, num_splits,
-    q_stride_b, q_stride_s, q_stride_h, page_stride,
+    causal, q_stride_b, q_stride_s, q_stride_h, page_stride,
     ROW_STRIDE: tl.constexpr, D_LATENT: tl.constexpr, D_ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr,
     HOIST: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
     HALF: tl.constexpr = D_LATENT // 2
-    sequence, split, row, end_of_row, begin, end = _share(
-        seqlens_kv, s_q, h_q, capacity, num_splits, BLOCK_H, BLOCK_N, CAUSAL
+    sequence, part, row, end_of_row, begin, end = _share(
+        seqlens_kv, s_q, h_q, capacity, num_splits, causal, BLOCK_H, BLOCK_N
     )
     inside = row < s_q * h_q
     q_row = q + sequence * q_stride_b + (row // h_q).to(tl.int64) * q_stride_s + (row % h_q).to(tl.int64) * q_stride_h
@@ -130,30 +141,72 @@ def _attend(
         kv1 = _columns(kv_row, present, HALF, HALF)
         k_rope = _columns(kv_row, present, D_LATENT, D_ROPE)
 
-        score = dot(q0, tl.trans(kv0), tl.zeros((BLOCK_H, BLOCK_N), tl.float32))
-        score = dot(q1, tl.trans(kv1), score)
-        score = dot(q_rope, tl.trans(k_rope), score)
+        score = _scores(q0, kv0, start, end)
+        score += _scores(q1, kv1, start, end)
+        score += _scores(q_rope, k_rope, start, end)
         visible = present[None, :] & (token[None, :] < end_of_row[:, None])
         weight, shrink, top, mass = _softmax(score, visible, scale, top, mass)
         weight = narrow(weight, DTYPE)
         total0 = dot(weight, kv0, total0 * shrink)
         total1 = dot(weight, kv1, total1 * shrink)
 
-    factor, out_row = _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SINK, SPLIT)
+    factor, out_row = _finish(top, mass, sink, lse, part, row, s_q, h_q, SINK, SPLIT)
     OUT: tl.constexpr = out.dtype.element_ty
     target = out + out_row[:, None] * D_LATENT + tl.arange(0, HALF)[None, :]
     tl.store(target, narrow(total0 * factor, OUT), mask=inside[:, None])
     tl.store(target + HALF, narrow(total1 * factor, OUT), mask=inside[:, None])
 
 
+# Four e4m3 to two registers of two bf16 or fp16.
+_E4M3_TO_BF16 = tl.constexpr("""{
+    .reg .b16 low, high, x, y;
+    .reg .b32 pair;
+    .reg .f32 wide_x, wide_y;
+    mov.b32 {low, high}, $2;
+    cvt.rn.f16x2.e4m3x2 pair, low;
+    mov.b32 {x, y}, pair;
+    cvt.f32.f16 wide_x, x;
+    cvt.f32.f16 wide_y, y;
+    cvt.rn.bf16x2.f32 $0, wide_y, wide_x;
+    cvt.rn.f16x2.e4m3x2 pair, high;
+    mov.b32 {x, y}, pair;
+    cvt.f32.f16 wide_x, x;
+    cvt.f32.f16 wide_y, y;
+    cvt.rn.bf16x2.f32 $1, wide_y, wide_x;
+}""")
+_E4M3_TO_FP16 = tl.constexpr("""{
+    .reg .b16 low, high;
+    mov.b32 {low, high}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+
+
+@triton.jit
+def _widen(bits, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
+    """e4m3 as uint8 -> bf16 or fp16, which hold every e4m3: nothing is rounded.
+
+    By assembly that says it has side effects: Triton would load the bytes in the layouts of both products, convert
+    them twice and read the values one byte at a time; past this it cannot reach, and pipelines 16-byte loads.
+    """
+    if NATIVE and not INTERPRETED:
+        if DTYPE.is_bf16():
+            return tl.inline_asm_elementwise(_E4M3_TO_BF16, "=r,=r,r", [bits], dtype=tl.bfloat16, is_pure=False, pack=4)
+        else:
+            return tl.inline_asm_elementwise(_E4M3_TO_FP16, "=r,=r,r", [bits], dtype=tl.float16, is_pure=False, pack=4)
+    else:
+        value = e4m3_decode(bits).to(DTYPE)
+        if not INTERPRETED:
+            value = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=2
+            )
+        return value
+
+
 @triton.jit
 def _fp8_columns(row, present, FIRST: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
-    """128 columns of FP8 rows, not yet scaled, and their scales. bf16 and fp16 hold every e4m3: nothing is rounded."""
-    value = _columns(row, present, FIRST, 128)
-    if NATIVE:
-        value = value.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(DTYPE)
-    else:
-        value = e4m3_decode(value).to(DTYPE)
+    """128 columns of FP8 rows, not yet scaled, and their scales."""
+    value = _widen(_columns(row, present, FIRST, 128), NATIVE, DTYPE)
     scales = (row + 512).to(tl.pointer_type(tl.float32), bitcast=True)
     return value, tl.load(scales + FIRST // 128, mask=present, other=0.0)[None, :]
 
@@ -166,16 +219,16 @@ def _add_fp8(total, weight, value):
     return dot(narrow(weight, value.dtype), value, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_q", "num_splits", "causal"])  # with constants for them it spills
 def _attend_fp8(
     q, kv_cache, block_table, seqlens_kv, sink, out, lse, scale, s_q, h_q, pages, max_pages, capacity, num_splits,
-    q_stride_b, q_stride_s, q_stride_h, page_stride,
+    causal, q_stride_b, q_stride_s, q_stride_h, page_stride,
     ROW_STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, SINK: tl.constexpr, SPLIT: tl.constexpr, HOIST: tl.constexpr, NATIVE: tl.constexpr,
+    SINK: tl.constexpr, SPLIT: tl.constexpr, HOIST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
-    sequence, split, row, end_of_row, begin, end = _share(
-        seqlens_kv, s_q, h_q, capacity, num_splits, BLOCK_H, BLOCK_N, CAUSAL
+    sequence, part, row, end_of_row, begin, end = _share(
+        seqlens_kv, s_q, h_q, capacity, num_splits, causal, BLOCK_H, BLOCK_N
     )
     inside = row < s_q * h_q
     q_row = q + sequence * q_stride_b + (row // h_q).to(tl.int64) * q_stride_s + (row % h_q).to(tl.int64) * q_stride_h
@@ -201,12 +254,11 @@ def _attend_fp8(
         kv3, scale3 = _fp8_columns(kv_row, present, 384, NATIVE, DTYPE)
         k_rope = _columns((kv_row + 528).to(tl.pointer_type(tl.bfloat16), bitcast=True), present, 0, 64).to(DTYPE)
 
-        zero = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-        score = dot(q_rope, tl.trans(k_rope), zero)
-        score += dot(q0, tl.trans(kv0), zero) * scale0
-        score += dot(q1, tl.trans(kv1), zero) * scale1
-        score += dot(q2, tl.trans(kv2), zero) * scale2
-        score += dot(q3, tl.trans(kv3), zero) * scale3
+        score = _scores(q_rope, k_rope, start, end)
+        score += _scores(q0, kv0, start, end) * scale0
+        score += _scores(q1, kv1, start, end) * scale1
+        score += _scores(q2, kv2, start, end) * scale2
+        score += _scores(q3, kv3, start, end) * scale3
         visible = present[None, :] & (token[None, :] < end_of_row[:, None])
         weight, shrink, top, mass = _softmax(score, visible, scale, top, mass)
         total0 = _add_fp8(total0 * shrink, weight * scale0, kv0)
@@ -214,7 +266,7 @@ def _attend_fp8(
         total2 = _add_fp8(total2 * shrink, weight * scale2, kv2)
         total3 = _add_fp8(total3 * shrink, weight * scale3, kv3)
 
-    factor, out_row = _finish(top, mass, sink, lse, sequence, split, row, s_q, h_q, num_splits, SINK, SPLIT)
+    factor, out_row = _finish(top, mass, sink, lse, part, row, s_q, h_q, SINK, SPLIT)
     OUT: tl.constexpr = out.dtype.element_ty
     target = out + out_row[:, None] * 512 + tl.arange(0, 128)[None, :]
     tl.store(target, narrow(total0 * factor, OUT), mask=inside[:, None])
@@ -265,10 +317,10 @@ def decode(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink, pa
     kernel[(b * config.num_splits * triton.cdiv(s_q * h_q, config.block_h),)](
         q, kv_cache, block_table, seqlens_kv, sink if sink is not None else lse, part_out if split else out,
         part_lse if split else lse, scale, s_q, h_q, pages, block_table.shape[1],
-        min(block_table.shape[1] * page_size, 2**30), config.num_splits, q.stride(0), q.stride(1), q.stride(2),
+        min(block_table.shape[1] * page_size, 2**30), config.num_splits, int(causal), *q.stride()[:3],
         kv_cache.stride(0), ROW_STRIDE=kv_cache.stride(1), PAGE_SIZE=page_size, BLOCK_H=config.block_h,
-        BLOCK_N=config.block_n, CAUSAL=causal and s_q > 1, SINK=sink is not None and not split, SPLIT=split, **widths,
-        HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_N=config.block_n, SINK=sink is not None and not split, SPLIT=split, **widths, HOIST=config.hoist,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         _combine[(b * s_q * h_q,)](

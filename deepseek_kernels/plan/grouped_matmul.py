@@ -15,6 +15,10 @@ MAX_EXPERTS = 4096
 CPU_MAX_ROWS = 32
 """Rows per busy expert up to which the CPU kernel, which streams the weights, is the first choice."""
 
+TORCH_MIN_ROWS, TORCH_MIN_K = 512, 4096
+"""Rows per busy expert and k from which grouped_mm wins on Hopper. H200, ms, Triton and torch, k=7168: 4x8192 rows 3.54
+and 3.05, 32x512 1.89 and 1.75, 32x20 0.45 and 0.66; k=2048: 4x8192 1.80 and 2.05, 32x512 0.91 and 1.15."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -68,9 +72,14 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
 
 
 def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
-    """On a CPU our kernel wins while the time is that of reading the weights, torch's matmul once it is arithmetic."""
-    few = p.kind == "forward" and p.num_rows <= CPU_MAX_ROWS * max(p.busy_experts, 1)
-    return BACKENDS if few else ("cuda", "triton", "torch", "cpu", "reference")
+    """On a CPU our kernel wins while the time is that of reading the weights, torch's matmul once it is arithmetic; on
+    Hopper torch's forward wins where much is multiplied for each output."""
+    rows = p.num_rows / max(p.busy_experts, 1)
+    if p.kind == "forward" and device.arch == 90 and rows >= TORCH_MIN_ROWS and p.k >= TORCH_MIN_K:
+        return "cuda", "torch", "triton", "cpu", "reference"
+    if p.kind == "forward" and rows <= CPU_MAX_ROWS:
+        return BACKENDS
+    return "cuda", "triton", "torch", "cpu", "reference"
 
 
 def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
@@ -90,7 +99,7 @@ def _triton(p: Problem, device: DeviceSpec, env: Environment) -> str:
 def _torch(p: Problem, device: DeviceSpec, env: Environment) -> str:
     """torch.nn.functional.grouped_mm: off its fast path it loops over experts on the host, which synchronises.
 
-    On a GPU it stays behind Triton until it is measured to pay: rows without an expert cost it launches of their own.
+    Rows without an expert cost it launches of their own.
     """
     if "grouped_mm" not in env.torch_functions:
         return "needs torch.nn.functional.grouped_mm (torch 2.10 or newer)"

@@ -75,12 +75,20 @@ _EVERY = (80, 89, 90, 100)
 _TILES = {  # block_h, block_n, num_warps, num_stages, hoist, architectures on which it does not spill
     "16 bit": (
         (16, 32, 4, 3, True, _EVERY),
-        (32, 32, 8, 3, True, _EVERY),
+        (32, 32, 8, 3, True, (80, 89, 100)),
+        (32, 64, 8, 2, True, (90,)),
         # two warpgroups, whose accumulators leave no registers for what the compiler would hoist
         (64, 32, 8, 3, False, (90,)),
         (64, 64, 8, 2, False, (90,)),
     ),
-    "fp8": ((16, 16, 4, 2, True, (80,)), (16, 32, 8, 3, True, (89, 90, 100))),
+    "fp8": (
+        (16, 32, 8, 3, True, (80, 89, 100)),
+        (16, 32, 4, 2, True, (90,)),
+        (16, 64, 8, 2, True, (90,)),
+        (64, 32, 8, 2, False, (90,)),
+        (64, 64, 8, 2, False, (90,)),
+    ),
+    "fp8 to fp16": ((16, 32, 8, 3, True, _EVERY),),
     "fp32": ((16, 16, 8, 1, True, _EVERY),),
 }
 _SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -89,20 +97,25 @@ _TOKENS_PER_SPLIT = 128  # fewer are not worth a program and its share of the me
 _TILE_LATENCY = 0.7e-6  # seconds from asking for a tile to having used it
 _PROGRAM_OVERHEAD = 2e-6  # seconds: queries in, accumulator out
 _LAUNCH = 3e-6  # seconds the merge adds
-_MMA_EFFICIENCY = {16: 0.25, 32: 0.4, 64: 0.6}  # of the peak rate, by block_h
+_MMA_EFFICIENCY = {16: 0.2, 32: 0.3, 64: 0.45}  # of the peak rate, by block_h
+_WIDEN = 1.1e-8  # seconds an SM takes to bring an FP8 row to 16 bits
 
 
 def shared_memory(c: Config, p: Problem, arch: int) -> int:
-    """Bytes a program holds, as read from the compiler's output; FP8 takes less."""
-    queries = c.block_h * p.query_bytes + 1024  # and room for reductions
+    """Bytes a program holds, as read from the compiler's output, rounded up."""
+    held = c.block_h * p.query_bytes + 1024 + c.block_h * c.block_n * p.element_bytes
+    if p.fp8_cache:
+        wide = c.block_n * p.query_bytes
+        return held + wide + max(c.num_stages - 1, 1) * c.block_n * p.row_bytes
     tile = c.block_n * p.query_bytes
-    if arch == 90 and c.block_h >= 64:  # wgmma keeps the weights in registers and reads every stage from shared memory
-        return queries + c.num_stages * tile
-    return queries + c.block_h * c.block_n * p.element_bytes + max(c.num_stages - 1, 1) * tile
+    if arch == 90 and c.block_h >= 64:  # wgmma reads every stage from shared memory
+        return held + c.num_stages * tile
+    return held + max(c.num_stages - 1, 1) * tile
 
 
 def candidates(p: Problem, device: DeviceSpec) -> Iterator[Config]:
-    kind = "fp32" if p.dtype == "float32" else "fp8" if p.fp8_cache else "16 bit"
+    fp8 = "fp8" if p.dtype == "bfloat16" else "fp8 to fp16"
+    kind = "fp32" if p.dtype == "float32" else fp8 if p.fp8_cache else "16 bit"
     for block_h, block_n, num_warps, num_stages, hoist, archs in _TILES[kind]:
         if device.kind == "cpu" or _family(device.arch) in archs:
             for splits in _SPLITS:
@@ -142,6 +155,8 @@ def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
         device.rate("fp32" if p.dtype == "float32" else "bf16") * _MMA_EFFICIENCY[c.block_h]
     )  # fmt: skip
     busy = resident * device.num_sms * max(mma, c.block_n * p.row_bytes / blocks / device.bandwidth)
+    if p.fp8_cache:
+        busy += resident * c.block_n * _WIDEN
     seconds = waves * (_PROGRAM_OVERHEAD + tiles * max(busy, _TILE_LATENCY))
     seconds = max(seconds, bytes(p) / device.bandwidth)
     if c.num_splits > 1:
