@@ -155,6 +155,22 @@ void bind_swiglu(py::module_& m) {
       "intermediate"_a, "num_weights"_a, "ld"_a, "clamp"_a, "dtype"_a, "threads"_a, release_gil());
 }
 
+void bind_swiglu_backward(py::module_& m) {
+  m.def(
+      "swiglu_backward",
+      [](address grad, address gate_up, address weights, address pos_to_token_topk, address grad_gate_up,
+         address grad_weights, int64_t num_rows, int64_t intermediate, int64_t num_weights, int64_t ld_grad, int64_t ld,
+         float clamp, int dtype, int threads) {
+        swiglu_backward_cpu({at<void>(grad), at<void>(gate_up), at<float>(weights), at<int32_t>(pos_to_token_topk),
+                             at<void>(grad_gate_up), at<float>(grad_weights), num_rows, intermediate, num_weights,
+                             ld_grad, ld, clamp, Dtype(dtype)},
+                            threads);
+      },
+      kw_only(), "grad"_a, "gate_up"_a, "weights"_a, "pos_to_token_topk"_a, "grad_gate_up"_a, "grad_weights"_a,
+      "num_rows"_a, "intermediate"_a, "num_weights"_a, "ld_grad"_a, "ld"_a, "clamp"_a, "dtype"_a, "threads"_a,
+      release_gil());
+}
+
 void bind_mla_decode(py::module_& m) {
   m.def("mla_decode_workspace", &mla_decode_workspace, kw_only(), "rows"_a, "d_latent"_a, "d_rope"_a, "threads"_a);
   m.def(
@@ -278,6 +294,24 @@ void bind_moe_gate(py::module_& m) {
       "scale"_a, "threads"_a, release_gil());
 }
 
+void bind_moe_gate_backward(py::module_& m) {
+  m.def("moe_gate_backward_workspace", &moe_gate_backward_workspace, kw_only(), "num_experts"_a, "top_k"_a,
+        "threads"_a);
+  m.def(
+      "moe_gate_backward",
+      [](address grad_weights, address logits, address indices, address grad_logits, address workspace,
+         int64_t num_tokens, int64_t num_experts, int64_t ld_logits, int top_k, int score, int dtype, bool wide,
+         bool normalize, float scale, int threads) {
+        moe_gate_backward_cpu(
+            {at<float>(grad_weights), at<void>(logits), at<void>(indices), at<void>(grad_logits), at<float>(workspace),
+             num_tokens, num_experts, ld_logits, top_k, Score(score), Dtype(dtype), wide, normalize, scale},
+            threads);
+      },
+      kw_only(), "grad_weights"_a, "logits"_a, "indices"_a, "grad_logits"_a, "workspace"_a, "num_tokens"_a,
+      "num_experts"_a, "ld_logits"_a, "top_k"_a, "score"_a, "dtype"_a, "wide"_a, "normalize"_a, "scale"_a, "threads"_a,
+      release_gil());
+}
+
 void bind_moe_sort(py::module_& m) {
   m.def(
       "moe_sort",
@@ -351,12 +385,15 @@ void bind_cpu(py::module_& module) {
   bind_mla_cache_write(m);
   bind_mla_decode(m);
   bind_moe_gate(m);
+  bind_moe_gate_backward(m);
   bind_moe_permute(m);
   bind_moe_sort(m);
   bind_swiglu(m);
-  m.attr("ops") = py::make_tuple("fp8_dequantize", "fp8_matmul", "fp8_quantize", "fp8_quantize_both", "grouped_matmul",
-                                 "merge_states", "mla_cache_write", "mla_decode", "mla_rope", "moe_gate", "moe_permute",
-                                 "moe_sort", "moe_unpermute", "swiglu");
+  bind_swiglu_backward(m);
+  m.attr("ops") =
+      py::make_tuple("fp8_dequantize", "fp8_matmul", "fp8_quantize", "fp8_quantize_both", "grouped_matmul",
+                     "merge_states", "mla_cache_write", "mla_decode", "mla_rope", "moe_gate", "moe_gate_backward",
+                     "moe_permute", "moe_sort", "moe_unpermute", "swiglu", "swiglu_backward");
 }
 
 }  // namespace deepseek_kernels

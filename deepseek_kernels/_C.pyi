@@ -674,6 +674,34 @@ class cpu:
         """
 
     @staticmethod
+    def moe_gate_backward_workspace(*, num_experts: int, top_k: int, threads: int) -> int:
+        """fp32 elements of workspace."""
+
+    @staticmethod
+    def moe_gate_backward(
+        *,
+        grad_weights: int,
+        logits: int,
+        indices: int,
+        grad_logits: int,
+        workspace: int,
+        num_tokens: int,
+        num_experts: int,
+        ld_logits: int,
+        top_k: int,
+        score: int,
+        dtype: int,
+        wide: bool,
+        normalize: bool,
+        scale: float,
+        threads: int,
+    ) -> None:
+        """grad_logits [num_tokens, num_experts] of `dtype` from grad_weights fp32 [num_tokens, top_k].
+
+        indices [num_tokens, top_k] int32, or with `wide` int64; those out of range have no gradient. score as above.
+        """
+
+    @staticmethod
     def moe_permute(
         *,
         x: int,
@@ -758,4 +786,28 @@ class cpu:
         gate_up [num_rows, 2 * intermediate]; weights fp32 [num_weights], may be 0: ones. pos_to_token_topk [num_rows]:
         the row's entry of weights; may be 0: row r has weights[r]. Rows without an entry become zero. With scale_out
         [num_rows, ceil(intermediate/128)] out is e4m3. clamp may be infinity.
+        """
+
+    @staticmethod
+    def swiglu_backward(
+        *,
+        grad: int,
+        gate_up: int,
+        weights: int,
+        pos_to_token_topk: int,
+        grad_gate_up: int,
+        grad_weights: int,
+        num_rows: int,
+        intermediate: int,
+        num_weights: int,
+        ld_grad: int,
+        ld: int,
+        clamp: float,
+        dtype: int,
+        threads: int,
+    ) -> None:
+        """grad_gate_up [num_rows, 2 * intermediate] and grad_weights fp32 [num_weights] of `swiglu`.
+
+        grad [num_rows, intermediate]. Rows without an entry become zero; entries without a row keep what grad_weights
+        held. Without weights (0) grad_weights is not touched.
         """

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import deepseek_kernels
@@ -324,3 +325,23 @@ def test_flop_formula(name):
         op.overload(*s.args, **s.kwargs)
     if not name.partition(".")[2]:
         assert counter.get_total_flops() == op.plan.flops(op.problem(*op.fill(s.args, s.kwargs)))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_modes_see_calls_that_need_no_gradient(grad):
+    """Such a call skips torch's autograd kernel, but no dispatch mode and no fake tensor."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    swiglu = torch.ops.deepseek_kernels.swiglu
+    with torch.set_grad_enabled(grad):
+        with Watch():
+            swiglu(torch.ones(2, 4))
+        with FakeTensorMode():
+            assert isinstance(swiglu(torch.ones(2, 4))[0], FakeTensor)
+        assert torch.vmap(lambda x: swiglu(x)[0])(torch.ones(3, 2, 4)).shape == (3, 2, 2)
+    assert swiglu.default in seen

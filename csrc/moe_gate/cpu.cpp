@@ -8,6 +8,7 @@
 #include "moe_gate/cpu.h"
 
 #include "common/cpu/parallel.h"
+#include "common/cpu/put.h"
 #include "common/cpu/vec.h"
 
 namespace deepseek_kernels::DSK_ISA {
@@ -56,6 +57,13 @@ void scores_of(Score score, float* x, int64_t n) {
   }
   const Vec inverse = splat(1.f / sum(total));
   for (int64_t i = 0; i < whole; i += kLanes) store(x + i, load(x + i) * inverse);
+}
+
+template <Dtype kDtype>
+inline float from(const void* row, int64_t at) {
+  if (kDtype == Dtype::kFp32) return static_cast<const float*>(row)[at];
+  const uint16_t bits = static_cast<const uint16_t*>(row)[at];
+  return kDtype == Dtype::kFp16 ? from_fp16(bits) : from_bf16(bits);
 }
 
 float largest_of(const float* x, int64_t n) {
@@ -186,7 +194,85 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
   for (int k = 0; k < p.top_k; ++k) weights[k] *= factor;
 }
 
+// With s = score(x) of the chosen experts and g the gradient of the weights times scale: normalised weights give
+// g = (g - sum(g * s) / total) / total; then grad_x = g * s', s' = s * (1 - s) for sigmoid, sigmoid(x) / (2 * s) for
+// sqrtsoftplus, and for softmax grad_x = s * (g - sum(g * s)) with g = 0 where an expert was not chosen.
+template <Dtype kDtype>
+void gate_backward(const MoeGateBackwardCpuParams& p, int64_t t, float* scratch) {
+  constexpr int kBytes = kDtype == Dtype::kFp32 ? 4 : 2;
+  const int64_t experts = p.num_experts, room = p.top_k + 16;
+  float *scores = scratch, *x = scores + experts + 32, *s = x + room, *g = s + room;
+  const char* row = static_cast<const char*>(p.logits) + t * p.ld_logits * kBytes;
+  char* out = static_cast<char*>(p.grad_logits) + t * experts * kBytes;
+  const auto index = [&](int k) {  // -1 where there is none
+    const int64_t at = t * p.top_k + k;
+    const int64_t e = p.wide ? static_cast<const int64_t*>(p.indices)[at] : static_cast<const int32_t*>(p.indices)[at];
+    return e < 0 || e >= experts ? int64_t(-1) : e;
+  };
+  const bool softmax = p.score == Score::kSoftmax;
+  if (softmax) {
+    for (int64_t e = 0; e < experts; e += kLanes) {
+      store(scores + e, tame(load_some<kDtype>(row + e * kBytes, experts - e)));
+    }
+    for (int64_t e = experts; e < experts + 16; ++e) scores[e] = minus_infinity();
+    scores_of(p.score, scores, experts);
+  }
+
+  for (int k = 0; k < p.top_k; ++k) {
+    const int64_t e = index(k);
+    x[k] = e < 0 ? 0.f : from<kDtype>(row, e);
+    g[k] = e < 0 ? 0.f : p.grad_weights[t * p.top_k + k] * p.scale;
+    if (softmax) s[k] = e < 0 ? 0.f : scores[e];
+  }
+  for (int k = 0; !softmax && k < p.top_k; k += kLanes) {
+    const Vec logit = tame(load(x + k));
+    store(x + k, logit);
+    store(s + k, sigmoid(logit));
+  }
+  if (p.score == Score::kSqrtSoftplus) {
+    for (int k = 0; k < p.top_k; ++k) {
+      const float slope = s[k];
+      s[k] = std::sqrt(softplus(x[k])), x[k] = slope;
+    }
+  }
+  float total = kEpsilon, weighted = 0.f;
+  for (int k = 0; k < p.top_k; ++k) {
+    if (index(k) < 0) s[k] = 0.f;
+    total += s[k], weighted += g[k] * s[k];
+  }
+  float mean = 0.f;  // of the gradient of a softmax
+  for (int k = 0; k < p.top_k; ++k) {
+    if (p.normalize) g[k] = (g[k] - weighted / total) / total;
+    if (index(k) >= 0) mean += g[k] * s[k];
+  }
+
+  if (softmax) {
+    for (int64_t e = 0; e < experts; e += kLanes) {
+      store_some<kDtype>(out + e * kBytes, load(scores + e) * splat(-mean), experts - e);
+    }
+  } else {
+    std::memset(out, 0, size_t(experts * kBytes));
+  }
+  for (int k = 0; k < p.top_k; ++k) {
+    const int64_t e = index(k);
+    if (e < 0) continue;
+    float d = g[k] * s[k] * (1.f - s[k]);
+    if (softmax) d = s[k] * (g[k] - mean);
+    if (p.score == Score::kSqrtSoftplus) d = s[k] > 0.f ? g[k] * x[k] / (2.f * s[k]) : 0.f;
+    put(kDtype, out, e, d, false);
+  }
+}
+
 }  // namespace
+
+void moe_gate_backward(const MoeGateBackwardCpuParams& p, int threads) {
+  const int64_t row = moe_gate_backward_workspace(p.num_experts, p.top_k, 1);
+  with_dtype(p.dtype, [&](auto tag) {
+    parallel_runs(p.num_tokens, 64, threads, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t t = begin; t < end; ++t) gate_backward<decltype(tag)::kDtype>(p, t, p.workspace + thread * row);
+    });
+  });
+}
 
 void moe_gate(const MoeGateCpuParams& p, int threads) {
   const int64_t row = moe_gate_workspace(p.num_experts, p.num_groups, 1);

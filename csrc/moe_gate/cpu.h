@@ -31,6 +31,27 @@ inline int64_t moe_gate_workspace(int64_t num_experts, int64_t num_groups, int t
   return threads * (2 * (num_experts + 32) + chunks + 32 + num_groups + 16);
 }
 
+struct MoeGateBackwardCpuParams {
+  const float* grad_weights;  // [num_tokens, top_k]
+  const void* logits;         // [num_tokens, num_experts] of dtype
+  const void* indices;        // [num_tokens, top_k] int32 or int64; those out of range have no gradient
+  void* grad_logits;          // [num_tokens, num_experts] of dtype
+  float* workspace;           // moe_gate_backward_workspace floats
+  int64_t num_tokens, num_experts, ld_logits;
+  int top_k;
+  Score score;
+  Dtype dtype;
+  bool wide;  // indices are int64
+  bool normalize;
+  float scale;
+};
+
+// Floats: the scores of a row, and for each choice its logit, its score and its gradient, with slack for registers.
+inline int64_t moe_gate_backward_workspace(int64_t num_experts, int64_t top_k, int threads) {
+  return threads * (num_experts + 32 + 3 * (top_k + 16));
+}
+
 DSK_CPU_KERNEL(moe_gate, MoeGateCpuParams)
+DSK_CPU_KERNEL(moe_gate_backward, MoeGateBackwardCpuParams)
 
 }  // namespace deepseek_kernels

@@ -205,9 +205,30 @@ def register(
             raise NotImplementedError(f"{name}: has no backward; call it under torch.no_grad() or detach its inputs")
 
         torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=_library)
+        if hasattr(torch._C, "_any_requires_grad"):  # not in every torch
+            formula = torch._library.autograd.Info(backward or refuse, setup_context)
+            _skip_autograd(op, torch._library.autograd.make_autograd_impl(op.overload, formula))
     if op.packet not in flop_registry:  # a new overload makes a new packet
         register_flop_formula(op.packet, get_raw=True)(functools.partial(_flops, packet))
     return op
+
+
+def _skip_autograd(op: Operator, with_gradient: Callable) -> None:
+    """Where no gradient is asked for, go from the dispatcher straight to the op.
+
+    torch's own kernel for the key, `with_gradient`, would dispatch once more, which costs as much as everything else
+    before the launch. Anything but plain tensors (fake ones, functorch's, a dispatch mode) goes through that kernel.
+    """
+    keys, below, any_requires_grad = torch._C.DispatchKey, torch._C._after_autograd_keyset, torch._C._any_requires_grad
+    for key, autograd in ((keys.CPU, "AutogradCPU"), (keys.CUDA, "AutogradCUDA")):
+        plain = torch._C.DispatchKeySet(key).raw_repr()
+
+        def kernel(keyset, *args, plain=plain, **kwargs):
+            if (keyset & below).raw_repr() == plain and not (torch.is_grad_enabled() and any_requires_grad(*args)):
+                return op(*args, **kwargs)
+            return with_gradient(keyset, *args, **kwargs)
+
+        _library.impl(op.name, kernel, autograd, with_keyset=True)
 
 
 def _flops(packet: str, *args, out_val=None, **kwargs) -> int:

@@ -192,6 +192,23 @@ def _backward_triton(config, grad_weights, logits, indices, score, normalize, sc
     return grad_logits
 
 
+def _backward_cpu(config, grad_weights, logits, indices, score, normalize, scale):
+    (num_tokens, num_experts), top_k = logits.shape, indices.shape[1]
+    grad_logits = _allocate.empty(logits.shape, logits.dtype, logits.device)
+    extension, threads = _extension.cpu(), torch.get_num_threads()
+    size = extension.moe_gate_backward_workspace(num_experts=num_experts, top_k=top_k, threads=threads)
+    workspace = _allocate.empty((size,), torch.float32, logits.device)
+    grad_weights, logits, indices = grad_weights.contiguous(), checks.rows(logits), indices.contiguous()
+    extension.moe_gate_backward(
+        grad_weights=grad_weights.data_ptr(), logits=logits.data_ptr(), indices=indices.data_ptr(),
+        grad_logits=grad_logits.data_ptr(), workspace=workspace.data_ptr(), num_tokens=num_tokens,
+        num_experts=num_experts, ld_logits=logits.stride(0), top_k=top_k, score=list(reference.SCORES).index(score),
+        dtype=_extension.dtype_code(logits.dtype), wide=indices.dtype == torch.int64, normalize=normalize,
+        scale=scale, threads=threads,
+    )  # fmt: skip
+    return grad_logits
+
+
 register(
     "moe_gate(Tensor logits, Tensor? bias, int top_k, int num_groups=1, int topk_groups=1, str score='sigmoid', "
     "bool normalize=True, float scale=1.0, Tensor? mask=None) -> (Tensor, Tensor)",
@@ -212,5 +229,5 @@ register(
     plan=plan,
     fake=_backward_fake,
     reference=reference.moe_gate_backward,
-    backends={"triton": _backward_triton, "cpu": lambda config, *args: reference.moe_gate_backward(*args)},
+    backends={"triton": _backward_triton, "cpu": _backward_cpu},
 )

@@ -165,6 +165,24 @@ def _triton_backward(config, grad, gate_up, weights, pos_to_token_topk, clamp):
     return grad_gate_up, grad_weights if weights is None else grad_weights.to(weights.dtype)
 
 
+def _cpu_backward(config, grad, gate_up, weights, pos_to_token_topk, clamp):
+    grad_gate_up = _allocate.empty(gate_up.shape, gate_up.dtype, gate_up.device)
+    grad_weights = _allocate.empty((0,) if weights is None else weights.shape, torch.float32, gate_up.device)
+    if pos_to_token_topk is not None or not grad_gate_up.numel():
+        grad_weights.zero_()  # entries without a row
+    grad, gate_up, flat = checks.rows(grad), checks.rows(gate_up), _flat(weights)
+    if grad_gate_up.numel():
+        _extension.cpu().swiglu_backward(
+            grad=grad.data_ptr(), gate_up=gate_up.data_ptr(), weights=_extension.address(flat),
+            pos_to_token_topk=_extension.address(pos_to_token_topk), grad_gate_up=grad_gate_up.data_ptr(),
+            grad_weights=grad_weights.data_ptr(), num_rows=grad.shape[0], intermediate=grad.shape[1],
+            num_weights=grad_weights.numel(), ld_grad=grad.stride(0), ld=gate_up.stride(0),
+            clamp=float("inf") if clamp is None else clamp, dtype=_extension.dtype_code(gate_up.dtype),
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+    return grad_gate_up, grad_weights if weights is None else grad_weights.to(weights.dtype)
+
+
 def _backward(ctx, grad, grad_scale):
     if ctx.quantize:
         raise NotImplementedError("swiglu: has no backward with quantize=True; quantise a detached tensor")
@@ -204,5 +222,5 @@ register(
     fake=_fake_backward,
     reference=reference.swiglu_backward,
     check_values=lambda grad, gate_up, *rest: _check_values("swiglu_backward", *rest[:2]),
-    backends={"triton": _triton_backward, "cpu": lambda config, *args: reference.swiglu_backward(*args)},
+    backends={"triton": _triton_backward, "cpu": _cpu_backward},
 )

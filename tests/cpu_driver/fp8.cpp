@@ -163,6 +163,47 @@ void activate(Random& random, Format format, int64_t rows, int64_t columns, bool
   }
 }
 
+void activate_backward(Random& random, Format format, int64_t rows, int64_t columns, bool mapped, int threads) {
+  Matrix gate_up = Matrix(format, rows, 2 * columns, 3).fill(random),
+         grad = Matrix(format, rows, columns, 1).fill(random);
+  Matrix weights = Matrix(Format::kFp32, 1, rows).fill(random), of_weights(Format::kFp32, 1, rows);
+  Matrix of_gate_up(format, rows, 2 * columns);
+  for (int64_t r = 0; r < rows; ++r) of_weights.floats()[r] = 7;
+  std::vector<int32_t> entries;
+  for (int64_t r = 0; r < rows; ++r) entries.push_back(int32_t(rows - r));  // the first does not exist
+  swiglu_backward_cpu({.grad = grad.data(),
+                       .gate_up = gate_up.data(),
+                       .weights = weights.floats(),
+                       .pos_to_token_topk = mapped ? entries.data() : nullptr,
+                       .grad_gate_up = of_gate_up.data(),
+                       .grad_weights = of_weights.floats(),
+                       .num_rows = rows,
+                       .intermediate = columns,
+                       .num_weights = rows,
+                       .ld_grad = grad.ld,
+                       .ld = gate_up.ld,
+                       .clamp = mapped ? 0.75f : INFINITY,
+                       .dtype = dtype(format)},
+                      threads);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t entry = mapped ? entries[r] : r;
+    const bool exists = entry < rows;
+    double dot = 0, magnitude = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      const double raw_gate = gate_up(r, c), raw_up = gate_up(r, columns + c), limit = mapped ? 0.75 : INFINITY;
+      const double gate = std::min(raw_gate, limit), up = std::clamp(raw_up, -limit, limit);
+      const double s = 1 / (1 + std::exp(-gate)), d = exists ? grad(r, c) * weights(0, entry) : 0;
+      const double of_gate = raw_gate > limit ? 0 : d * up * s * (1 + gate * (1 - s));
+      const double of_up = std::fabs(raw_up) > limit ? 0 : d * gate * s;
+      expect_close("swiglu_backward gate", r, c, of_gate_up(r, c), of_gate, rounding(format), 1e-6);
+      expect_close("swiglu_backward up", r, c, of_gate_up(r, columns + c), of_up, rounding(format), 1e-6);
+      dot += grad(r, c) * gate * s * up, magnitude += std::fabs(grad(r, c) * gate * s * up);
+    }
+    if (exists) expect_close("swiglu_backward weight", r, 0, of_weights(0, entry), dot, 0, 1e-6 * magnitude + 1e-7);
+  }
+  if (mapped) expect_close("swiglu_backward entry without a row", 0, 0, of_weights(0, 0), 7, 0, 0);
+}
+
 }  // namespace
 
 void test_fp8(Random& random) {
@@ -179,6 +220,8 @@ void test_fp8(Random& random) {
         activate(random, format, 5, columns, false, true, threads);
         activate(random, format, 5, columns, true, false, threads);
         activate(random, format, 300, columns, true, true, threads);
+        activate_backward(random, format, 150, columns, true, threads);
+        activate_backward(random, format, 5, columns, false, threads);
       }
     }
     quantize(random, Format::kBf16, 1, 128, 400, 200, false, threads);

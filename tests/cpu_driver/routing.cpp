@@ -80,6 +80,60 @@ void gate(Random& random, Format format, Score score, int64_t experts, int group
   }
 }
 
+// Logits of -inf have no score and no gradient; choices out of range have none either.
+template <class Index>
+void gate_backward(Random& random, Format format, Score score, bool normalize, int64_t experts, int top_k,
+                   int threads) {
+  const int64_t tokens = 150;
+  Matrix logits = Matrix(format, tokens, experts, 3).fill(random), grad(format, tokens, experts);
+  Matrix grad_weights = Matrix(Format::kFp32, tokens, top_k).fill(random);
+  std::vector<Index> indices;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t first = random.below(experts);
+    for (int64_t k = 0; k < top_k; ++k) indices.push_back(Index(k < experts ? (first + k) % experts : experts));
+    if (t % 7 == 3) indices.back() = -1;
+  }
+  std::vector<float> workspace(size_t(moe_gate_backward_workspace(experts, top_k, threads)));
+  moe_gate_backward_cpu({.grad_weights = grad_weights.floats(),
+                         .logits = logits.data(),
+                         .indices = indices.data(),
+                         .grad_logits = grad.data(),
+                         .workspace = workspace.data(),
+                         .num_tokens = tokens,
+                         .num_experts = experts,
+                         .ld_logits = logits.ld,
+                         .top_k = top_k,
+                         .score = score,
+                         .dtype = dtype(format),
+                         .wide = sizeof(Index) == 8,
+                         .normalize = normalize,
+                         .scale = 2.5f},
+                        threads);
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::vector<double> of_score(experts, 0);  // the gradient of each score
+    double total = 1e-20, weighted = 0, mean = 0;
+    for (int k = 0; k < top_k; ++k) {
+      const int64_t e = indices[t * top_k + k];
+      if (e < 0 || e >= experts) continue;
+      of_score[e] = 2.5 * grad_weights(t, k);
+      total += score_of(score, logits, t, e), weighted += of_score[e] * score_of(score, logits, t, e);
+    }
+    for (int k = 0; k < top_k; ++k) {
+      const int64_t e = indices[t * top_k + k];
+      if (e < 0 || e >= experts) continue;
+      if (normalize) of_score[e] = (of_score[e] - weighted / total) / total;
+      mean += of_score[e] * score_of(score, logits, t, e);
+    }
+    for (int64_t e = 0; e < experts; ++e) {
+      const double x = logits(t, e), s = score_of(score, logits, t, e), sigmoid = 1 / (1 + std::exp(-x));
+      double expected = of_score[e] * s * (1 - s);
+      if (score == Score::kSoftmax) expected = s * (of_score[e] - mean);
+      if (score == Score::kSqrtSoftplus) expected = of_score[e] * sigmoid / (2 * s);
+      expect_close("moe_gate_backward", t, e, grad(t, e), expected, rounding(format), 1e-5);
+    }
+  }
+}
+
 template <class Index>
 void sort_and_permute(Random& random, Format format, int64_t tokens, int top_k, int64_t hidden, int64_t alignment,
                       int threads) {
@@ -171,6 +225,8 @@ void test_routing(Random& random) {
     for (Format format : kFloats) {
       for (Score score : {Score::kSigmoid, Score::kSoftmax, Score::kSqrtSoftplus}) {
         gate(random, format, score, 5, 1, 1, 2, false, threads);
+        gate_backward<int32_t>(random, format, score, true, 5, 2, threads);
+        gate_backward<int64_t>(random, format, score, false, 40, 19, threads);
         gate(random, format, score, 24, 8, 3, 4, true, threads);
       }
       for (int64_t hidden : {1, 16, 77}) sort_and_permute<int64_t>(random, format, 9, 3, hidden, 4, threads);
