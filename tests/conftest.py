@@ -1,6 +1,9 @@
 """Test-wide settings: the Triton interpreter where there is no GPU, one thread a worker, what a GPU would add."""
 
+import json
 import os
+from dataclasses import astuple
+from pathlib import Path
 
 import torch
 
@@ -69,3 +72,18 @@ def pytest_terminal_summary(terminalreporter):
     gpu = [r for r in skipped if "gpu" in getattr(r, "keywords", ())]
     if gpu:
         terminalreporter.write_line(f"{len(gpu)} GPU tests were collected and skipped for want of a GPU")
+
+
+def _regrets(op: str, size: tuple[str, ...], select) -> list[float]:
+    """How much longer than the fastest tile the one takes that `select(*size)` chooses, for each measured problem."""
+    file = Path(__file__).parents[1] / "benchmarks/results/nvidia-h200/fp8_tiles.jsonl"
+    problems: dict[tuple, dict[tuple, float]] = {}
+    for record in map(json.loads, file.read_text().splitlines()):
+        if record["op"] == op and "tile" in record:
+            problems.setdefault(tuple(record[s] for s in size), {})[tuple(record["tile"])] = record["us"]
+    return [times[astuple(select(*p))[: len(next(iter(times)))]] / min(times.values()) for p, times in problems.items()]
+
+
+@pytest.fixture
+def regrets():
+    return _regrets

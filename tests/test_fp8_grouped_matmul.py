@@ -341,16 +341,14 @@ def _hopper_tile(rows: int, num_experts: int, n: int, k: int, device=H100, **opt
     return c
 
 
-@pytest.mark.parametrize("device", [H100, H200], ids=lambda d: d.name)
 @pytest.mark.parametrize("layout", ["contiguous", "masked"])
-def test_hopper_tiles_of_the_published_sizes(device, layout):
-    for n, k in ((4096, 7168), (7168, 2048)):
-        for num_experts in (4, 8):
-            c = _hopper_tile(32768, num_experts, n, k, device, layout=layout)
-            assert (c.tile_m, c.tile_n, c.cluster_n) == (256, 128, 2)
-        decode = _hopper_tile(640, 32, n, k, device, layout=layout)
-        assert decode.swap and decode.tile_m == 64
-        assert _hopper_tile(512, 256, n, k, device, layout=layout).tile_m <= 16
+def test_the_plan_chooses_what_an_h200_found_fast(layout, regrets):
+    op = "fp8_grouped_matmul" + "_masked" * (layout == "masked")
+    found = regrets(
+        op, ("experts", "rows", "n", "k"), lambda e, rows, n, k: _hopper_tile(e * rows, e, n, k, H200, layout=layout)
+    )
+    assert len(found) >= 8
+    assert max(found) < 1.12 and sum(found) < 1.04 * len(found)
 
 
 def test_every_hopper_instance_is_somebodys_best():

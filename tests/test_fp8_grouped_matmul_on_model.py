@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "hopper_model"))
 import harness  # noqa: E402
 
 FP8 = torch.float8_e4m3fn
-LARGE = dict(tile=(256, 128), cluster=(1, 2))
+LARGE = dict(tile=(128, 192), cluster=(1, 2))
 SWAPPED = dict(tile=(16, 128), swap=True)
 
 

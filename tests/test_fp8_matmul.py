@@ -212,37 +212,36 @@ def test_few_tokens_share_out_k_until_the_device_is_full():
 
 
 def test_wave_quantisation():
-    """One row of tiles more than fills the device costs a wave; the cost knows."""
+    """One column of tiles more than fills the device costs a wave; the cost knows."""
     tile = plan.Config(128, 128, 8, 4)
-    full = 132 * plan.resident(tile, H100) * 128
-    steps = [plan.cost(tile, problem(128, n, 7168), H100) for n in (full // 2, full, full + 128)]
-    assert steps[1] < 1.5 * steps[0] and steps[2] > 1.5 * steps[1]
+    full = 132 * plan.resident(tile, H100) // 12 * 128
+    steps = [plan.cost(tile, problem(12 * 128, n, 7168), H100) for n in (full - 128, full, full + 128)]
+    assert steps[1] < 1.1 * steps[0] and steps[2] > 1.5 * steps[1]
 
 
-def _tile(m: int, n: int, k: int, device=H200, **options) -> str:
-    c = plan.select(problem(m, n, k, **options), device, "cuda")
-    assert plan.is_legal(c, problem(m, n, k, **options), device) == ""
-    assert c.ctas % c.cluster == 0 and c.cluster <= c.ctas <= device.num_sms and c.raster >= 1
-    return f"{c.tile_m}x{c.tile_n}{' swapped' if c.swap else ''}"
+def test_the_plan_chooses_what_an_h200_found_fast(regrets):
+    def select(m, n, k):
+        p = problem(m, n, k)
+        c = plan.select(p, H200, "cuda")
+        assert plan.is_legal(c, p, H200) == ""
+        assert c.ctas % c.cluster == 0 and c.cluster <= c.ctas <= H200.num_sms and c.raster >= 1
+        return c
 
-
-@pytest.mark.parametrize("device", [H100, H200], ids=lambda d: d.name)
-def test_hopper_tiles_of_the_published_sizes(device):
-    """Where the best published kernel's choice is known to be fast, ours is the same or larger along the same side."""
-    for n, k in V3_MATMULS:
-        assert _tile(8192, n, k, device) in ("256x128", "128x192")
-    assert _tile(4096, 2112, 7168, device) == "128x192"  # 352 tiles in three waves; of 256x128 there would be 288
-    assert _tile(4096, 7168, 16384, device) == "256x128"
-    assert _tile(256, 7168, 16384, device) == _tile(256, 7168, 2048, device) == "128x112"  # 128 tiles of 132 SMs
+    found = regrets("fp8_matmul", ("m", "n", "k"), select)
+    assert len(found) == 59
+    assert max(found) < 1.12 and sum(found) < 1.02 * len(found)
 
 
 @pytest.mark.parametrize("device", [H100, H200], ids=lambda d: d.name)
 def test_few_tokens_on_hopper(device):
-    assert _tile(1, 7168, 16384, device) == _tile(1, 24576, 1536, device) == "8x64 swapped"
-    assert _tile(16, 32768, 512, device) == "16x128 swapped"
-    for m in (1, 16, 64, 128):  # as many tiles as the device has SMs, not as many tokens as a tile can hold
-        c = plan.select(problem(m, 4096, 7168), device, "cuda")
-        assert c.ctas >= 0.9 * device.num_sms
+    def chosen(m, n, k):
+        return plan.select(problem(m, n, k), device, "cuda")
+
+    assert chosen(1, 576, 7168).cluster_k == 4, "9 tiles of 64 columns for 132 SMs"
+    assert chosen(1, 2112, 7168).cluster_k == 2, "33 clusters of 4 do not fit at once"
+    assert chosen(1, 32768, 512).cluster_k == 1
+    assert all(chosen(m, 7168, 2048).swap for m in (1, 8, 16, 32))
+    assert chosen(1, 2112, 7168).ctas == 66 and chosen(1, 32768, 512).ctas == device.num_sms
 
 
 def test_every_hopper_instance_is_somebodys_best():
@@ -299,8 +298,8 @@ def test_the_weight_gradient_on_hopper_takes_large_tiles_and_clusters():
             assert not plan.is_legal(c, p, H200)
             assert c.ctas <= H200.num_sms and c.ctas % c.cluster == 0
             if tokens > 1:
-                assert c.tile_m * c.tile_n >= 128 * 192 and c.cluster == 2
-                assert 0.5 * H200.rate("fp8") < plan.flops(p) / plan.cost(c, p, H200) < H200.rate("fp8")
+                assert c.tile_m * c.tile_n >= 128 * 128 and c.cluster == 2
+                assert 0.3 * H200.rate("fp8") < plan.flops(p) / plan.cost(c, p, H200) < 0.8 * H200.rate("fp8")
     assert plan.select(problem(24, 8, 16, granularity_b="1x128", out_dtype="float32"), H200, "cuda").ctas == 1
 
 

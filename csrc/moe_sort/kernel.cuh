@@ -40,6 +40,12 @@ DEVICE_FN int64_t tile_size() {
   return int64_t(blockDim.x) * kRounds;
 }
 
+// A CTA's share of the entries, in whole tiles; the last ones may get less, or nothing.
+template <int kRounds>
+DEVICE_FN int64_t share(const MoeSortParams& p) {
+  return ceil_div(ceil_div(p.num_entries, tile_size<kRounds>()), int64_t(gridDim.x)) * tile_size<kRounds>();
+}
+
 // The entry of this thread in that round of the tile that begins at `first`.
 template <int kRounds>
 DEVICE_FN int64_t entry_of(int64_t first, int round) {
@@ -58,7 +64,7 @@ DEVICE_FN void sum_starts(const MoeSortParams& p, const int32_t* count, const St
   const int each = ceil_div(p.num_local, int(blockDim.x)), first = int(threadIdx.x) * each;
   const int last = first + each < p.num_local ? first + each : p.num_local;
   auto padded = [&](int e) {  // at most 2^31 - 1, as the number of rows is
-    return p.alignment == 1 ? count[e] : int32_t((uint32_t(count[e]) + p.alignment - 1) / p.alignment * p.alignment);
+    return int32_t((uint32_t(count[e]) + p.alignment - 1) / p.alignment * p.alignment);
   };
   __syncthreads();
   int32_t mine = 0;
@@ -71,7 +77,8 @@ DEVICE_FN void sum_starts(const MoeSortParams& p, const int32_t* count, const St
   }
   if (lane == 31) s.warps[warp] = past;
   __syncthreads();
-  int32_t before = past - mine + __reduce_add_sync(0xffffffffu, lane < warp ? s.warps[lane] : 0);
+  int32_t before = past - mine;
+  for (int w = 0; w < warp; ++w) before += s.warps[w];
   for (int e = first; e < last; ++e) {
     s.start[e] = before;
     before += padded(e);
@@ -183,8 +190,8 @@ __global__ void __launch_bounds__(kWarps * 32) rank(const MoeSortParams p) {
   int32_t* histograms = reinterpret_cast<int32_t*>(raw);
   int32_t* count = histograms + int(blockDim.x) / 32 * p.num_local;
   for (int e = threadIdx.x; e < p.num_local; e += blockDim.x) count[e] = 0;
-  const int64_t begin = blockIdx.x * p.share;  // the last CTAs may get less than their share, or nothing
-  const int64_t end = begin + p.share < p.num_entries ? begin + p.share : p.num_entries;
+  const int64_t begin = blockIdx.x * share<kRounds>(p);
+  const int64_t end = begin + share<kRounds>(p) < p.num_entries ? begin + share<kRounds>(p) : p.num_entries;
   for (int64_t first = begin; first < end; first += tile_size<kRounds>()) {
     int expert[kRounds], rank[kRounds];
     rank_tile<Index>(p, histograms, count, first, end, expert, rank);
@@ -208,13 +215,10 @@ __global__ void __launch_bounds__(kWarps * 32) place(const MoeSortParams p) {
   int32_t* before = count + columns;
   const Starts starts{before + columns, before + columns + p.num_local + 1};
   for (int e = threadIdx.x; e < 2 * columns; e += blockDim.x) count[e] = 0;
-  // Threads that share a group of four experts take turns at the rows of counts.
-  const int parts = quads == 0 ? 0 : int(blockDim.x) > quads ? int(blockDim.x) / quads : 1;
-  const int part = quads == 0 ? 0 : int(threadIdx.x) / quads;
   sm90::grid_dependency_wait();
 
-  const int64_t begin = blockIdx.x * p.share;  // the last CTAs may get less than their share, or nothing
-  const int64_t end = begin + p.share < p.num_entries ? begin + p.share : p.num_entries;
+  const int64_t begin = blockIdx.x * share<kRounds>(p);
+  const int64_t end = begin + share<kRounds>(p) < p.num_entries ? begin + share<kRounds>(p) : p.num_entries;
   // A rank of -1 says that the id is not to be looked at; of others the low bits say all.
   int32_t id[kRounds], rank[kRounds];
   auto load = [&](int64_t first) {
@@ -228,11 +232,14 @@ __global__ void __launch_bounds__(kWarps * 32) place(const MoeSortParams p) {
   load(begin);  // in flight while the counts are summed
   __syncthreads();
 
-  for (int quad = int(threadIdx.x) - part * quads; part < parts && quad < quads; quad += blockDim.x) {
+  // Threads that share a group of four experts take turns at the rows of counts.
+  const int parts = quads && int(blockDim.x) > quads ? int(blockDim.x) / quads : 1;
+  for (int unit = threadIdx.x; unit < quads * parts; unit += blockDim.x) {
+    const int quad = unit % quads;
     const int4* column = reinterpret_cast<const int4*>(p.counts) + quad;
     int4 all = make_int4(0, 0, 0, 0), earlier = all;
 #pragma unroll kUnroll
-    for (int cta = part; cta < int(gridDim.x); cta += parts) {
+    for (int cta = unit / quads; cta < int(gridDim.x); cta += parts) {
       const int4 row = column[int64_t(cta) * quads];
       all.x += row.x, all.y += row.y, all.z += row.z, all.w += row.w;
       if (cta < int(blockIdx.x) + BUG(own_counted_before))

@@ -7,7 +7,7 @@ namespace {
 using namespace moe_sort;
 
 template <class Index, int kRounds>
-void launch_rounds(MoeSortParams p) {
+void launch_rounds(const MoeSortParams& p) {
   LaunchConfig config{};
   config.grid_x = p.ctas;
   config.threads = p.warps * 32;
@@ -15,9 +15,8 @@ void launch_rounds(MoeSortParams p) {
   config.cluster = 1;
   constexpr int kWord = sizeof(int32_t);
   const int experts = p.num_local, columns = ceil_div(p.num_local, 4) * 4;
-  const int64_t tile = int64_t(config.threads) * kRounds;
-  p.share = ceil_div(ceil_div(p.num_entries, tile), int64_t(p.ctas)) * tile;
   if (p.ctas == 1) {
+    const int64_t tile = int64_t(config.threads) * kRounds;
     DSK_CHECK(p.num_entries <= tile, "num_entries = ", p.num_entries, " with a tile of ", tile);
     config.smem = (p.warps * experts + 2 * experts + 1 + kWarps) * kWord;
     return launch(sort_in_one<Index, kRounds>, config, p);

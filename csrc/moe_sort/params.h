@@ -18,7 +18,6 @@ struct MoeSortParams {
   int warps, rounds, ctas;  // one CTA takes a single tile
   bool dependent;           // the second of two launches may start early: sm_90
   void* stream;
-  int64_t share = 0;  // entries of a CTA, in whole tiles; found out by the launcher
 };
 
 void launch_moe_sort(const MoeSortParams& params);

@@ -11,17 +11,21 @@ INSTANCES = ((128, 64, 1, 1), (128, 128, 1, 2), (128, 192, 2, 1), (256, 128, 1, 
 """What launch_wgrad.cu compiles: tile_m of n, tile_n of k, cluster_m, cluster_n."""
 STAGED = (128, 128)
 """The tile whose sums TMA stores, or adds, while the next one is multiplied."""
+ONE_PRODUCT = 1.17  # times the step of the others, whose warpgroups do not multiply while they scale
+ADD_ELEMENT = 1.5e-10  # seconds that a tile waits for each element it adds to
 
 
 @dataclass(frozen=True)
 class Size:
-    """d fp32 [num_experts, n, k] summed over `blocks` of 128 for each expert; `traffic` in bytes."""
+    """d fp32 [num_experts, n, k], `accumulate`: or what is added to it; `blocks` of 128 are summed for each expert.
+    `traffic` is in bytes."""
 
     n: int
     k: int
     num_experts: int
     blocks: int
     traffic: int
+    accumulate: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def stages(t: hopper.Tile) -> int:
 def seconds(c: WgradConfig, s: Size, device: DeviceSpec) -> float:
     """Waves of tiles, each as long as its steps and its stores, and never less than the traffic."""
     waves = ceil_div(_clusters(c, s), max(device.num_sms // c.cluster, 1))
-    finish = hopper.FINISH + hopper.FINISH_ELEMENT * c.tile_m * c.tile_n
+    finish = hopper.FINISH + (hopper.FINISH_ELEMENT + ADD_ELEMENT * s.accumulate) * c.tile_m * c.tile_n
     busy = waves * (s.blocks * _step(c, device) + finish)
     return hopper.MEMORY_LATENCY + hopper.overlap(busy, s.traffic / device.bandwidth)
 
@@ -71,4 +75,5 @@ def _step(t: hopper.Tile, device: DeviceSpec) -> float:
     shared = math * 32 * passed / (t.tile_m * t.tile_n)
     loaded = (t.tile_m / t.cluster_n + t.tile_n / t.cluster_m) * BLOCK
     read = max(loaded / hopper.L2_BYTES_PER_SM, hopper.MEMORY_LATENCY / (stages(t) - 1))
-    return hopper.overlap(max(math, shared, 2 * t.tile_m * t.tile_n / fma), read)
+    one = ONE_PRODUCT if (t.tile_m, t.tile_n) != STAGED else 1.0
+    return one * hopper.overlap(max(math, shared, 2 * t.tile_m * t.tile_n / fma), read)

@@ -122,7 +122,6 @@ INSTANCES = {
         (64, 128, 1, 2, True),
         (128, 128, 1, 2, False),
         (128, 192, 1, 2, False),
-        (256, 128, 1, 2, False),
     ),
     "float32": ((64, 64, 1, 2, False), (128, 128, 1, 2, False)),
 }
@@ -144,7 +143,7 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Seque
 
 def _wgrad_size(p: Problem) -> wgrad.Size:
     blocks = ceil_div(p.num_rows // BLOCK, max(p.num_experts, 1))
-    return wgrad.Size(p.n, p.k, p.num_experts, blocks, bytes(p))
+    return wgrad.Size(p.n, p.k, p.num_experts, blocks, bytes(p), p.accumulate)
 
 
 def _triton_candidates(p: Problem, device: DeviceSpec) -> list[Config]:
@@ -210,8 +209,11 @@ def _rows_per_group(p: Problem) -> int:
 
 
 def _expected_clusters(t: hopper.Tile, p: Problem) -> int:
-    """A group of any number of rows fills all of its tiles but the last one, and on average half of that."""
+    """A group of any number of rows fills all of its tiles but the last one, and on average half of that; a single one
+    has the rows there are."""
     tiles = max(1.0, _rows_per_group(p) / (t.tile_m * t.cluster_m) + 0.5)
+    if _busy(p) == 1:
+        tiles = ceil(tiles - 0.5)
     return ceil(_busy(p) * tiles) * ceil_div(p.n, t.tile_n * t.cluster_n)
 
 

@@ -166,31 +166,21 @@ TILES_HOPPER = (
 INSTANCES = {
     # tile_m, tile_n, cluster_m, cluster_n, swap, cluster_k
     "bfloat16": (
-        (64, 16, 1, 1, False, 1),
-        (64, 32, 1, 1, False, 1),
-        (64, 32, 1, 2, False, 1),
-        (64, 64, 1, 2, False, 1),
-        (128, 32, 1, 2, False, 1),
-        (128, 64, 1, 2, False, 1),
-        (8, 64, 1, 1, True, 1),
         (16, 64, 1, 1, True, 1),
-        (32, 64, 1, 2, True, 1),
+        (16, 64, 1, 1, True, 2),
+        (16, 64, 1, 1, True, 4),
         (16, 128, 1, 1, True, 1),
         (32, 128, 1, 1, True, 1),
         (64, 128, 1, 2, True, 1),
-        (8, 64, 1, 1, True, 2),
-        (8, 64, 1, 1, True, 4),
-        (16, 64, 1, 1, True, 2),
-        (16, 64, 1, 1, True, 4),
-        (32, 64, 1, 1, True, 4),
-        (128, 112, 1, 2, False, 1),
-        (128, 128, 2, 1, False, 1),
+        (64, 16, 1, 1, False, 1),
+        (64, 32, 1, 1, False, 1),
+        (128, 32, 1, 2, False, 1),
+        (128, 64, 1, 2, False, 1),
         (128, 128, 1, 2, False, 1),
         (128, 192, 1, 1, False, 1),
-        (128, 192, 2, 1, False, 1),
         (256, 128, 1, 2, False, 1),
     ),
-    "float32": ((64, 64, 1, 1, False, 1), (128, 128, 1, 1, False, 1), (128, 128, 2, 1, False, 1)),
+    "float32": ((64, 64, 1, 1, False, 1), (128, 128, 1, 1, False, 1)),
 }
 """What csrc/fp8_matmul/launch_*.cu compile."""
 SPLITS = (1, 2, 4, 8, 16)
@@ -217,7 +207,7 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Seque
 
 
 def _wgrad_size(p: Problem) -> wgrad.Size:
-    return wgrad.Size(p.m, p.n, 1, p.blocks, bytes(p))
+    return wgrad.Size(p.m, p.n, 1, p.blocks, bytes(p), p.accumulate)
 
 
 def _cuda_config(p: Problem, device: DeviceSpec, t: hopper.Tile) -> CudaConfig:
