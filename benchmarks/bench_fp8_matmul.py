@@ -14,7 +14,7 @@ BF16_OPERANDS = Tolerance(steps=4, of_norm=1e-2, distance=1e-4)
 UNQUANTISED = Tolerance(distance=1e-3, of_norm=0.05)
 """FP8 training against the layer in bf16."""
 SMALL = Case("small", dict(m=4, n=256, k=512), quick=True)
-TOKENS = (1, 16, 64, 128, 4096)
+TOKENS = (1, 4, 16, 64, 128, 4096)
 CASES = (
     SMALL,
     *(

@@ -1,6 +1,6 @@
 """Time the ops against what a user would otherwise run.
 
-    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--seconds S] [--compile]
+    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--seconds S] [--threads N] [--compile]
                              [--out FILE.jsonl [--resume] [--budget SECONDS]]
 
 Exit codes: 1 if any of our results was wrong or could not be made, 4 if the device stopped working (an illegal
@@ -117,6 +117,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the small cases only, few samples")
     parser.add_argument("--seconds", type=float, help="about how long the samples of one provider may take (0.5)")
+    parser.add_argument("--threads", type=int, help="of torch and of our CPU kernels")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager peer")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one line per provider and case")
     parser.add_argument("--resume", action="store_true", help="leave out cases that --out holds for this commit")
@@ -125,6 +126,8 @@ def main() -> int:
     )
     options = parser.parse_args()
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     about = environment(device)
     print(f"{about['device_name']}, {about['versions']}, commit {about['commit']}")

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepseek_kernels.ops._registry import OPERATORS
+from deepseek_kernels.testing import timer
 from deepseek_kernels.testing.timer import Flush, measure
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +144,24 @@ def test_timer_rotates():
     functions = {name: [lambda name=name: order.append(name)] for name in "ab"}
     timings = measure(functions, CPU, seconds=0.0)
     assert list(timings) == ["a", "b"] and order[-4:] == ["a", "b", "a", "b"]
-    assert all(t.p20 <= t.p50 <= t.p80 and t.host is None and t.method == "clock" for t in timings.values())
+    assert all(t.p20 <= t.p50 <= t.p80 and t.host is None and t.method.endswith("clock") for t in timings.values())
+
+
+def test_timer_drops_samples_in_which_another_process_ran(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0, switches=0, calls=0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(timer, "time", clock)
+    monkeypatch.setattr(timer, "_taken_away", lambda: clock.switches)
+
+    def call():
+        clock.calls += 1
+        disturbed = clock.calls % 3 == 0
+        clock.switches += disturbed
+        clock.now += 10.0 if disturbed else 1.0
+
+    timing = measure({"f": [call]}, CPU, seconds=100.0)["f"]
+    assert (timing.p20, timing.p80, timing.method) == (1e6, 1e6, "clock")
+    timing = measure({"f": [lambda: [call() for _ in range(3)]]}, CPU, seconds=100.0)["f"]
+    assert timing.method == "disturbed clock"
 
 
 def test_flush_is_three_times_the_cache():

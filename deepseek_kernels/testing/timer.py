@@ -3,8 +3,12 @@
 On a GPU a function is captured into a CUDA graph with one call per input set and timed by events, so that what is
 measured is the device. The cache is overwritten before every replay and each input set is read once in a replay: every
 call finds its inputs cold. A function that cannot be captured is launched eagerly between two events instead.
+
+On a CPU a sample during which another process took the processor away is dropped: two threads that wait for each other
+then show the scheduler's time slice, whatever they run.
 """
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +30,7 @@ class Timing:
     p50: float
     p80: float
     host: float | None
-    method: str  # "graph", "events" or "clock"
+    method: str  # "graph", "events", "clock", or "disturbed clock" where too few samples were left alone
 
 
 class Flush:
@@ -72,20 +76,39 @@ def _rounds(slowest: float, seconds: float) -> int:
 def _measure_cpu(functions, device, seconds) -> dict[str, Timing]:
     flush = Flush(device)
 
-    def sample(calls: Calls) -> float:
+    def sample(calls: Calls) -> tuple[float, bool]:
         flush()
-        start = time.perf_counter()
+        switches, start = _taken_away(), time.perf_counter()
         for call in calls:
             call()
-        return (time.perf_counter() - start) / len(calls) * 1e6
+        return (time.perf_counter() - start) / len(calls) * 1e6, _taken_away() == switches
 
-    warm = {name: min(sample(calls), sample(calls)) * len(calls) for name, calls in functions.items()}
-    rounds = _rounds(max(warm.values()) / 1e6, seconds)
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, calls in functions.items():
-            samples[name].append(sample(calls))
-    return {name: Timing(*_quantiles(s), None, "clock") for name, s in samples.items()}
+    warm = {name: min(sample(calls)[0], sample(calls)[0]) * len(calls) for name, calls in functions.items()}
+    rounds = {name: _rounds(took / 1e6, seconds) for name, took in warm.items()}
+    every: dict[str, list[float]] = {name: [] for name in functions}
+    alone: dict[str, list[float]] = {name: [] for name in functions}
+    deadline = time.perf_counter() + _PATIENCE * seconds * len(functions)
+    while wanting := [
+        name
+        for name in functions
+        if len(every[name]) < rounds[name] or (len(alone[name]) < rounds[name] and time.perf_counter() < deadline)
+    ]:
+        for name in wanting:
+            took, undisturbed = sample(functions[name])
+            every[name].append(took)
+            if undisturbed:
+                alone[name].append(took)
+    enough = all(len(samples) >= 3 for samples in alone.values())
+    method = "clock" if enough else "disturbed clock"
+    return {name: Timing(*_quantiles((alone if enough else every)[name]), None, method) for name in functions}
+
+
+_PATIENCE = 4  # times as long as the samples should take
+
+
+def _taken_away() -> int:
+    """How often another process has taken the processor from one of our threads."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _capture(calls: Calls):
