@@ -57,6 +57,10 @@ def about(records: list[dict]) -> list[str]:
         versions = ", ".join(f"{k} {v}" for k, v in here[-1]["versions"].items() if v)
         commits = ", ".join(dict.fromkeys(str(r["commit"]) + ("+" if r["dirty"] else "") for r in here))
         lines += [f"**{name}**", "", f"- {versions}", f"- commit {commits}"]
+        if here[-1].get("device") == "cpu":
+            lines.append("- threads " + ", ".join(dict.fromkeys(str(r["threads"]) for r in here)))
+            disturbed = sum(r.get("method") == "disturbed clock" for r in here)
+            lines += [f"- other processes disturbed {disturbed} of {len(here)} rows"] if disturbed else []
         if here[-1]["clocks"]:
             lines.append("- " + ", ".join(f"{k} {v}" for k, v in here[-1]["clocks"].items()))
         ceilings = {k: v for r in here for k, v in r.get("ceilings", {}).items()}

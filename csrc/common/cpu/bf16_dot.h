@@ -22,6 +22,7 @@ namespace {
 constexpr int kRowsM = 4, kRowsN = 4;           // 16 partial sums in registers; the totals are touched once a block
 constexpr int64_t kPanel = 16, kColumns = 512;  // weight rows and columns decoded at a time: 16 KiB
 constexpr int64_t kBlockColumns = 128, kStep = 64;
+constexpr int64_t kPrefetch = 1024;  // bytes ahead
 
 inline int64_t padded_columns(int64_t k) { return (k + kBlockColumns - 1) / kBlockColumns * kBlockColumns; }
 
@@ -96,7 +97,8 @@ struct E4m3Rows {
   }
   void load(const E4m3Decoder& decode, int64_t j, int64_t c, __m512i (&out)[2]) const {
     const uint8_t* p = b + j * ldb + c;
-    __builtin_prefetch(p + 1024);
+    // past the end of a row comes the same column of the next tile: the rows between are being read
+    __builtin_prefetch(p + (c + kPrefetch < k ? kPrefetch : kPrefetch - k + kRowsN * ldb));
     decode(load_bytes(p, k - c), out);
   }
 };
