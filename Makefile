@@ -7,7 +7,7 @@ BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in constraints.txt \
 	$(shell find build_backend csrc -type f -not -name '*.pyc' -not -name '.*')
 CXX_FILES = find csrc tests/hopper_model tests/cpu_driver -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp'
 
-.PHONY: install test demo lint gpu
+.PHONY: install test demo lint aot gpu
 install: $(INSTALLED)
 
 # torch comes first and pinned: left to the resolver, another release of it may be several gigabytes more.
@@ -31,6 +31,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(CXX_FILES) | xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
+
+# What other Tritons make of the kernels: `make aot TRITON=3.6.0 AOT_ARGS="--op mla_decode --arch 90"`. That release is
+# installed into a folder of its own.
+TRITON ?= $(shell sed -n 's/^triton==//p' constraints.txt)
+aot: install
+	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) \
+		triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python tests/aot.py $(AOT_ARGS)
 
 # Uses the python on PATH: a machine with a GPU has its own torch, and may have no network.
 gpu:

@@ -319,3 +319,24 @@ def test_device_rounds_to_nearest(backend):
         expected = dk.fp8_dequantize(q, scale, out_dtype=torch.bfloat16)
     with dk.use_backend(backend):
         assert_same_bits(dk.fp8_dequantize(q.cuda(), scale.cuda(), out_dtype=torch.bfloat16).cpu(), expected)
+
+
+def test_division_by_the_reciprocal_is_exact():
+    """What `triton_kernels.common.scaled` does on a GPU, where a fused multiplication and addition rounds once."""
+
+    def fused(x, y, z):
+        return (x.double() * y.double() + z.double()).float()
+
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()
+    for exponent in torch.linspace(-14, 127, 60):
+        amax = every.abs()[every.abs() <= 2.0**exponent].max() * (0.5 + torch.rand(1) / 2)
+        x = every[every.abs() <= amax.clamp(min=1e-4)]
+        scale = amax.clamp(min=1e-4) / 448
+        inverse = 1 / scale
+        first = x * inverse
+        quotient = fused(fused(-first, scale, x), inverse, first)
+        quotient = fused(fused(-quotient, scale, x), inverse, quotient)
+        quotient = torch.where(first == 0, first, quotient)
+        normal = (x / scale).abs() > 2.0**-76
+        assert_same_bits(quotient[normal], (x / scale)[normal])
+        assert_same_bits(quotient.to(torch.float8_e4m3fn), (x / scale).to(torch.float8_e4m3fn))

@@ -61,6 +61,24 @@ def fp8_scale(amax, is_nan, POW2: tl.constexpr):
 
 
 @triton.jit
+def scaled(x, scale):
+    """x / scale, rounded once, as `fp8_scale` bounds it: no quotient overflows, none below 2^-76 reaches e4m3.
+
+    One division per scale, not per element: twice the quotient of the reciprocal is corrected by its exact remainder.
+    `scale` has x's dimensions, of size 1 where it is shared.
+    """
+    if INTERPRETED:  # there a fused multiplication and addition rounds twice
+        return tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    else:
+        inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), x.shape)
+        scale = tl.broadcast_to(scale, x.shape)
+        first = x * inverse
+        quotient = tl.fma(tl.fma(-first, scale, x), inverse, first)
+        quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
+        return tl.where(first == 0.0, first, quotient)  # the sign of zero, and 0 where scale is infinite
+
+
+@triton.jit
 def merge_weights(lse_a, lse_b):
     """(weight of a, weight of b, lse of both) of two attention results over disjoint keys.
 

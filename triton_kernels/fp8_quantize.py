@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ._schedule import expert_rows, pick
-from .common import e4m3_decode, e4m3_encode, fp8_scale, narrow
+from .common import e4m3_decode, e4m3_encode, fp8_scale, narrow, scaled
 
 TILE = 128  # of `quantize_both`, along both dimensions
 
@@ -54,7 +54,7 @@ def _encode_blocks(value, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, POW2: tl
     if BLOCK_M > 1:
         amax = tl.max(amax, 0, keep_dims=True)
     scale = fp8_scale(amax.to(tl.float32, bitcast=True), amax > 0x7F800000, POW2)
-    return e4m3_encode(tl.div_rn(value, tl.broadcast_to(scale, value.shape)), NATIVE), scale
+    return e4m3_encode(scaled(value, scale), NATIVE), scale
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import e4m3_encode, fp8_scale, narrow
+from .common import e4m3_encode, fp8_scale, narrow, scaled
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _write(
         blocks = tl.reshape(latent, (ROWS, 4, 128))
         is_nan = tl.max((blocks != blocks).to(tl.int32), 2) > 0
         scale = fp8_scale(tl.max(tl.abs(blocks), 2), is_nan, POW2=False)
-        code = e4m3_encode(tl.div_rn(blocks, tl.broadcast_to(scale[:, :, None], (ROWS, 4, 128))), NATIVE)
+        code = e4m3_encode(scaled(blocks, scale[:, :, None]), NATIVE)
         tl.store(target[:, None] + column[None, :], tl.reshape(code, (ROWS, BLOCK_LATENT)), mask=element)
         scales = (target + D_LATENT).to(tl.pointer_type(tl.float32), bitcast=True)
         tl.store(scales[:, None] + group[None, :], scale, mask=has_slot[:, None] & (group >= 0)[None, :])

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import e4m3_encode, fp8_scale
+from .common import e4m3_encode, fp8_scale, scaled
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -58,7 +58,7 @@ def _permute_quantize(
         value = tl.reshape(value, (GROUPS, 128))
         amax = tl.max(tl.abs(value), 1)
         scale = fp8_scale(amax, tl.max((value != value).to(tl.int32), 1) > 0, POW2=False)
-        code = e4m3_encode(tl.div_rn(value, tl.broadcast_to(scale[:, None], (GROUPS, 128))), NATIVE)
+        code = e4m3_encode(scaled(value, scale[:, None]), NATIVE)
         code = tl.reshape(code, (BLOCK,))
         for k in tl.static_range(TOP_K):
             pos = tl.load(token_topk_to_pos + token.to(tl.int64) * TOP_K + k).to(tl.int64)

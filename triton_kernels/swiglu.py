@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import e4m3_encode, fp8_scale, narrow
+from .common import e4m3_encode, fp8_scale, narrow, scaled
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _forward(
         value = tl.reshape(value, (GROUPS, 128))
         amax = tl.max(tl.abs(value), 1)
         scale = fp8_scale(amax, tl.max((value != value).to(tl.int32), 1) > 0, POW2=False)
-        code = e4m3_encode(tl.div_rn(value, tl.broadcast_to(scale[:, None], (GROUPS, 128))), NATIVE)
+        code = e4m3_encode(scaled(value, scale[:, None]), NATIVE)
         tl.store(out + row * intermediate + columns, tl.reshape(code, (BLOCK,)), mask=stored)
         groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
         num_groups = tl.cdiv(intermediate, 128)

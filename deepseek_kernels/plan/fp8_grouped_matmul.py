@@ -179,13 +179,14 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
         return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
     if device.arch >= 90 and c.block_m < 64:
         return "below 64 rows the tensor core has no FP8"
-    if not c.native_fp8 and grouped.operands(_tile(c, p), _unscaled(p)) > 96:
-        return "more than 96 operands a thread to decode leave no room for the rest"
+    masked = p.layout == "masked"  # the expert's own addresses take registers
+    if not c.native_fp8 and grouped.operands(_tile(c, p), _unscaled(p)) > (80 if masked else 96):
+        return "more than 96 operands a thread to decode, masked 80, leave no room for the rest"
     crowded = not c.native_fp8 or device.arch >= 100  # operands to decode, or sums to fetch from tensor memory
     if p.layout == "wgrad" and crowded and grouped.accumulators(_tile(c, p), _unscaled(p)) > 16:
         return "with a scale for each row and column there are registers for at most 16 sums a thread"
-    if grouped.accumulators(_tile(c, p), _unscaled(p)) > 64:
-        return "two sets of more than 64 accumulators a thread leave no room for the rest"
+    if grouped.accumulators(_tile(c, p), _unscaled(p)) > (32 if masked and device.arch < 90 else 64):
+        return "two sets of more than 64 accumulators a thread, masked without wgmma 32, leave no room for the rest"
     return ""
 
 

@@ -231,6 +231,8 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
         return f"needs {shared_memory(c)} bytes of shared memory, the device has {device.shared_memory}"
     if p.granularity_b == "1x128" and device.arch >= 100 and c.block_m * c.block_n > 32 * 32 * c.num_warps:
         return "a scale for each row of b leaves registers for at most 32 sums a thread"
+    if not c.native_fp8 and device.kind != "cpu" and c.block_m * c.block_n > 32 * 32 * c.num_warps:
+        return "operands to decode leave registers for at most 32 sums a thread"
     if c.split_k > 1 and c.split_k > p.blocks:
         return f"cannot cut {p.blocks} blocks of k into {c.split_k}"
     return ""

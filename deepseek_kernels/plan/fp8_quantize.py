@@ -75,8 +75,8 @@ def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
     rows = ((2, 128, 1), (4, 128, 2), (8, 128, 4), (16, 128, 4), (32, 128, 8))
-    whole_blocks = {"1x128": rows, "128x128": ((128, 128, 16),), "128x1": ((128, 32, 8), (128, 64, 16))}
-    both = ((32, 16 if device.arch == 89 else 32, 8),)  # 32 columns spill there
+    whole_blocks = {"1x128": rows, "128x128": ((128, 128, 16),), "128x1": ((128, 32, 8), (128, 128, 8))}
+    both = ((32, 64, 8),)
     tiles = {"quantize": whole_blocks[p.granularity], "both": both, "dequantize": rows}[p.kind]
     return [Config(*tile, native_fp8=device.arch >= 89) for tile in tiles]
 

@@ -79,7 +79,7 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> list[
 def _triton_candidates(p: Problem, device: DeviceSpec) -> list[Config]:
     """Chunks that fill the registers of a program; one program, or up to one a multiprocessor."""
     experts = max(16, 1 << (p.num_local - 1).bit_length())
-    chunk = min(128, max(16, _TILE // experts))
+    chunk = min(64, max(16, _TILE // experts))
     warps = 8 if max(experts, chunk) * chunk >= _TILE // 2 else 4
     entries = p.num_tokens * p.top_k
     most = max(1, min(ceil_div(entries, chunk), device.num_sms))
