@@ -8,7 +8,7 @@ from common import Bench, Case, Peer
 
 import deepseek_kernels
 from deepseek_kernels.shapes import BLOCK, V2_LITE, V3, ceil_div
-from deepseek_kernels.testing.compare import MATMUL, MOE_GRADIENT, REQUANTIZED
+from deepseek_kernels.testing.compare import MATMUL, MOE_GRADIENT, REQUANTIZED, Tolerance
 
 V3_DIMS = dict(hidden=V3.hidden, intermediate=V3.intermediate, num_experts=32, top_k=V3.top_k)
 V2_LITE_DIMS = dict(
@@ -96,12 +96,18 @@ def training_cost(problem, x, w_gate_up, w_down, *_):
 
 TRAINING_CASES = tuple(c for c in CASES if c.quick or c.dims["num_tokens"] >= 1024)
 PEERS = {"torch naive": Peer(naive, capturable=False), "torch grouped_mm": Peer(grouped, available=has_grouped_mm)}
-TRAINING_PEERS = {name: dataclasses.replace(peer, run=trained(peer.run)) for name, peer in PEERS.items()}
+IN_BF16 = Tolerance(steps=4, of_norm=2e-2, distance=1e-4)
+"""The peers also round what lies between their matmuls and the sum over experts."""
+TRAINED = dataclasses.replace(MOE_GRADIENT, of_norm=8e-3)
+"""The gradient of a routing weight is a dot of rows kept in bf16: of 65536, the worst is further off than of a few."""
+TRAINING_PEERS = {
+    name: dataclasses.replace(peer, run=trained(peer.run), tolerance=IN_BF16) for name, peer in PEERS.items()
+}
 BENCHES = [
     Bench("fused_moe", CASES, inputs, PEERS, tolerance=MATMUL),
     Bench("fused_moe", CASES, fp8_inputs, tolerance=REQUANTIZED, rate="fp8", name="fused_moe fp8"),
     Bench(
-        "fused_moe_forward", TRAINING_CASES, training_inputs, TRAINING_PEERS, tolerance=MOE_GRADIENT,
+        "fused_moe_forward", TRAINING_CASES, training_inputs, TRAINING_PEERS, tolerance=TRAINED,
         name="fused_moe forward+backward", call=trained(deepseek_kernels.fused_moe), cost=training_cost,
     ),
 ]  # fmt: skip

@@ -12,7 +12,8 @@ INSTANCES = ((128, 64, 1, 1), (128, 128, 1, 2), (128, 192, 2, 1), (256, 128, 1, 
 STAGED = (128, 128)
 """The tile whose sums TMA stores, or adds, while the next one is multiplied."""
 ONE_PRODUCT = 1.17  # times the step of the others, whose warpgroups do not multiply while they scale
-ADD_ELEMENT = 1.5e-10  # seconds that a tile waits for each element it adds to
+ADD_ELEMENT = 1.9e-10  # seconds that a tile waits for each element it adds to,
+ADD_STAGED = 0.8e-10  # and where TMA adds
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def stages(t: hopper.Tile) -> int:
 def seconds(c: WgradConfig, s: Size, device: DeviceSpec) -> float:
     """Waves of tiles, each as long as its steps and its stores, and never less than the traffic."""
     waves = ceil_div(_clusters(c, s), max(device.num_sms // c.cluster, 1))
-    finish = hopper.FINISH + (hopper.FINISH_ELEMENT + ADD_ELEMENT * s.accumulate) * c.tile_m * c.tile_n
+    add = (ADD_STAGED if (c.tile_m, c.tile_n) == STAGED else ADD_ELEMENT) * s.accumulate
+    finish = hopper.FINISH + (hopper.FINISH_ELEMENT + add) * c.tile_m * c.tile_n
     busy = waves * (s.blocks * _step(c, device) + finish)
     return hopper.MEMORY_LATENCY + hopper.overlap(busy, s.traffic / device.bandwidth)
 

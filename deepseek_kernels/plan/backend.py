@@ -6,8 +6,13 @@ from dataclasses import dataclass
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 """Every backend, in the default order of preference."""
 
-VALIDATED: Mapping[tuple[str, str], frozenset[int]] = {}
-"""(op, backend) -> architectures on which the tests of that compiled kernel have passed.
+_ON_HOPPER = (
+    "fp8_grouped_matmul", "fp8_grouped_matmul_masked", "fp8_grouped_matmul_wgrad", "fp8_matmul", "fp8_quantize",
+    "fp8_quantize_both", "fp8_dequantize", "moe_gate", "moe_permute", "moe_sort", "moe_unpermute",
+)  # fmt: skip
+VALIDATED: Mapping[tuple[str, str], frozenset[int]] = {(op, "cuda"): frozenset({90}) for op in _ON_HOPPER}
+"""(op, backend) -> architectures on which the tests of that compiled kernel have passed; benchmarks/results/nvidia-h200
+has the list.
 
 A compiled kernel outside this table runs only when it is asked for by name.
 """
