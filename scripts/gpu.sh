@@ -7,7 +7,8 @@
 # Takes at most BUDGET seconds (540). A second call on the same sources goes on where the first stopped, also in the
 # middle of the tests; --fresh starts over. Needs no network where pybind11 and ninja are installed. PEERS names folders
 # with the sources of other packages (DeepGEMM, FlashMLA, ...), separated by colons: they are built into out/gpu/peers
-# and measured beside ours. GPU settings are left as they are. A summary comes last.
+# and measured beside ours. PREBUILT is an extension module built elsewhere for this Python: nothing is compiled then.
+# GPU settings are left as they are. A summary comes last.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -19,7 +20,7 @@ for option in "$@"; do
   case $option in
     --fresh) fresh=1 ;;
     --quick) quick=--quick ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
   esac
 done
 
@@ -60,6 +61,11 @@ stage() {
 
 build() {
   local isolation=""
+  if [ -n "${PREBUILT:-}" ]; then
+    cp "$PREBUILT" deepseek_kernels/ && ln -sfn ../triton_kernels deepseek_kernels/triton_kernels &&
+      "$python" -m deepseek_kernels info
+    return
+  fi
   "$python" -c 'import pybind11, ninja, setuptools' 2>/dev/null && isolation="--no-build-isolation --no-deps"
   # shellcheck disable=SC2086
   DEEPSEEK_KERNELS_ARCHS=$arch "$python" -m pip install -v $isolation -e . &&
@@ -72,13 +78,19 @@ primitives() {
   "$python" -m pytest -q -m gpu -k primitives -rf -p no:xdist tests/test_hopper_model.py
 }
 
-# What has passed is not run again after an interruption.
+# What has passed is not run again after an interruption. A kernel that hangs, or an illegal access, costs one worker.
 tests() {
-  local workers="" done=$state/passed.txt
-  "$python" -c 'import xdist' 2>/dev/null && workers="-n $(($(nproc) < 16 ? ($(nproc) + 1) / 2 : 8))"
+  local workers="" done=$state/passed.txt code
+  if "$python" -c 'import xdist' 2>/dev/null; then
+    workers="-n $(($(nproc) > 16 ? 14 : $(nproc) > 2 ? $(nproc) - 2 : 1)) --dist worksteal"
+    "$python" -c 'import pytest_timeout' 2>/dev/null && workers="$workers --timeout 60 --timeout-method thread"
+  fi
   touch "$done.new" && cat "$done.new" >> "$done" && : > "$done.new"
   # shellcheck disable=SC2086
   DEEPSEEK_KERNELS_TESTS_PASSED=$done "$python" -m pytest -q -m gpu --durations=5 -rf $workers
+  code=$?
+  [ ! -s "$done.lost" ] || { echo "in these tests the device was lost:" && cat "$done.lost"; }
+  return $code
 }
 
 peers() {
@@ -104,7 +116,7 @@ memcheck() {
 benchmarks() {
   local code=4 tries=0
   while [ $code -eq 4 ] && [ $tries -lt 8 ]; do # 4: the device was lost, which a new process gets back
-    "$python" benchmarks/run.py --device cuda $quick --out "$results/benchmarks.jsonl" --resume --budget "$1"
+    "$python" benchmarks/run.py --device cuda $quick --seconds 0.1 --out "$results/benchmarks.jsonl" --resume --budget "$1"
     code=$? tries=$((tries + 1))
   done
   return $code
@@ -130,7 +142,7 @@ PY
 export -f build primitives tests memcheck peers benchmarks
 export python arch results state quick
 run=(bash -uo pipefail -c)
-export PYTHONPATH=$PWD/out/gpu/peers${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD:$PWD/out/gpu/peers${PYTHONPATH:+:$PYTHONPATH}
 stage build 200 "${run[@]}" build
 stage primitives 90 "${run[@]}" primitives
 stage tests 240 "${run[@]}" tests

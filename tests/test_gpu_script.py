@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   "-c import torch"|"-c import pybind11, ninja, setuptools") exit 0 ;;
-  "-c import xdist") exit 1 ;;
+  "-c import xdist"|"-c import pytest_timeout") exit 1 ;;
   -) cat | grep -q get_device_capability && echo "90a nvidia-h200"; exit 0 ;;
   "- "*) exit 0 ;;
 esac
@@ -55,6 +55,14 @@ def run(checkout, **env):
     (checkout / "calls.txt").write_text("")
     done = subprocess.run(["scripts/gpu.sh"], cwd=checkout, env=environment, capture_output=True, text=True)
     return done, (checkout / "calls.txt").read_text()
+
+
+def test_what_was_built_elsewhere_is_not_built(checkout):
+    (checkout / "_C.so").write_text("module")
+    done, calls = run(checkout, PREBUILT=str(checkout / "_C.so"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pip install" not in calls and "-m pytest" in calls
+    assert (checkout / "deepseek_kernels" / "_C.so").read_text() == "module"
 
 
 def test_every_stage_runs_once_and_the_summary_comes_last(checkout):
