@@ -148,7 +148,9 @@ def test_timer_rotates():
 
 
 def test_timer_drops_samples_in_which_another_process_ran(monkeypatch):
-    clock = types.SimpleNamespace(now=0.0, switches=0, calls=0, perf_counter=lambda: clock.now)
+    clock = types.SimpleNamespace(
+        now=0.0, switches=0, calls=0, perf_counter=lambda: clock.now, thread_time=lambda: clock.now
+    )
     monkeypatch.setattr(timer, "time", clock)
     monkeypatch.setattr(timer, "_taken_away", lambda: clock.switches)
 

@@ -78,10 +78,11 @@ def _measure_cpu(functions, device, seconds) -> dict[str, Timing]:
 
     def sample(calls: Calls) -> tuple[float, bool]:
         flush()
-        switches, start = _taken_away(), time.perf_counter()
+        switches, start, worked = _taken_away(), time.perf_counter(), time.thread_time()
         for call in calls:
             call()
-        return (time.perf_counter() - start) / len(calls) * 1e6, _taken_away() == switches
+        worked, took = time.thread_time() - worked, time.perf_counter() - start
+        return took / len(calls) * 1e6, _taken_away() == switches and worked > 0.9 * took - 2e-5
 
     warm = {name: min(sample(calls)[0], sample(calls)[0]) * len(calls) for name, calls in functions.items()}
     rounds = {name: _rounds(took / 1e6, seconds) for name, took in warm.items()}
