@@ -99,9 +99,12 @@ def _measure_cpu(functions, device, seconds) -> dict[str, Timing]:
             every[name].append(took)
             if undisturbed:
                 alone[name].append(took)
-    enough = all(len(samples) >= 3 for samples in alone.values())
-    method = "clock" if enough else "disturbed clock"
-    return {name: Timing(*_quantiles((alone if enough else every)[name]), None, method) for name in functions}
+    timings = {}
+    for name in functions:
+        enough = len(alone[name]) >= 3
+        samples = alone[name] if enough else every[name]
+        timings[name] = Timing(*_quantiles(samples), None, "clock" if enough else "disturbed clock")
+    return timings
 
 
 _PATIENCE = 4  # times as long as the samples should take
