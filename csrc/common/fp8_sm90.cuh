@@ -4,7 +4,8 @@
 //           owns kWaves times 64 rows, or where there are only 64 every second stage: four wgmma give the unscaled
 //           product of a stage, which is then scaled into a second set of registers (the tensor core keeps about 14
 //           bits while it adds, so it is never asked to add more than 128 products). The CTAs of a cluster have x
-//           or y in common; each fetches a part of it for all.
+//           or y in common, and each fetches a part of it for all; or they share out the k of one tile, and the first
+//           adds up what the others send it.
 // Pipeline: who              waits for      does                                            signals
 //           TMA thread       empty[stage]   loads x, y, and scales of their rows            full[stage] (bytes)
 //           math warpgroups  full[stage]    wgmma, then scales while the other one's runs   empty[stage], every CTA
