@@ -205,9 +205,15 @@ def register(
             raise NotImplementedError(f"{name}: has no backward; call it under torch.no_grad() or detach its inputs")
 
         torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=_library)
-        if hasattr(torch._C, "_any_requires_grad"):  # not in every torch
-            formula = torch._library.autograd.Info(backward or refuse, setup_context)
-            _skip_autograd(op, torch._library.autograd.make_autograd_impl(op.overload, formula))
+        autograd = torch._library.autograd
+        private = (
+            (torch._C, "_any_requires_grad"),
+            (torch._C, "_after_autograd_keyset"),
+            (autograd, "make_autograd_impl"),
+        )
+        if all(hasattr(*name) for name in private):  # not in every torch
+            formula = autograd.Info(backward or refuse, setup_context)
+            _skip_autograd(op, autograd.make_autograd_impl(op.overload, formula))
     if op.packet not in flop_registry:  # a new overload makes a new packet
         register_flop_formula(op.packet, get_raw=True)(functools.partial(_flops, packet))
     return op
