@@ -253,6 +253,35 @@ def test_kernels_on_older_processors(processor, isa):
     assert f"DEEPSEEK_KERNELS_CPU_ISA=avx512 on a processor that has {isa}" in result.stdout
 
 
+def test_the_portable_path_on_arm(tmp_path, monkeypatch):
+    """What the build compiles there, linked and run; the whole driver takes a minute in the emulator."""
+    cxx = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if cxx is None or emulator is None:
+        pytest.skip(
+            "needs aarch64-linux-gnu-g++ and qemu-aarch64-static (Debian: g++-aarch64-linux-gnu, qemu-user-static)"
+        )
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    text = extension.ninja_file(ROOT, Path("build"), Path("unused"), cxx, False, [], True, bf16=False)
+    sources = re.findall(r"cxx (csrc/\S+/\S*\.cpp) .*\n  flags = (.*)\n  note = ?(.*)", text)
+    assert {note for _, _, note in sources} == {"", "base"}
+    of_kernels = next(flags for _, flags, note in sources if note == "base")
+    pairs = [(source, flags) for source, flags, _ in sources]
+    for source in sorted((ROOT / "tests/cpu_driver").glob("*.cpp")):
+        pairs.append((str(source), of_kernels if source.name == "convert.cpp" else "-std=c++20 -Icsrc -fopenmp"))
+
+    objects = []
+    for i, (source, flags) in enumerate(pairs):
+        flags = re.sub(r"-isystem \S*(?= |$)", "", flags).replace("-O3", "-O1")
+        objects.append(str(tmp_path / f"{i}.o"))
+        command = [cxx, *shlex.split(flags), "-c", source, "-o", objects[-1]]
+        assert subprocess.run(command, cwd=ROOT).returncode == 0, source
+    program = tmp_path / "driver"
+    assert subprocess.run([cxx, "-static", "-fopenmp", *objects, "-o", program]).returncode == 0
+    result = run([emulator, program], text=True)
+    assert (result.returncode, result.stdout) == (0, "base\n"), result.stdout + result.stderr
+
+
 def test_kernels_on_this_processor():
     """Every set that it has, without emulation."""
     result = run([build("plain/driver")], text=True)
