@@ -13,10 +13,9 @@
 //           a product is complete, because kTileN / 4 registers more do not fit beside the sums; they stay there for a
 //           turn of the stages longer than the operands.
 //           The sums go to memory from the registers, in full 32-byte sectors: a staged fp32 tile of 256x128 would take
-//           128 of the 227 KB, and leave one stage. Those of 128x128 are staged, and TMA stores them, or adds, while the
-//           next tile is multiplied.
-//           Operands from L2 for each stage, in bytes a clock of wgmma time and SM: 256x128 48, or 32 with x in common;
-//           128x192 53, or 37 with y; 128x128 64, or 48.
+//           128 of the 227 KB, and leave one stage. Those of 128x128 are staged, and TMA stores them, or adds, while
+//           the next tile is multiplied. Operands from L2 for each stage, in bytes a clock of wgmma time and SM:
+//           256x128 48, or 32 with x in common; 128x192 53, or 37 with y; 128x128 64, or 48.
 // Order:    a sum is added to what d holds once, in one rounding. k is not split: with 448 tiles of 256x128 for the
 //           smallest gradient of a V3 expert there is nothing to gain, and d would be written twice.
 // Bytes:    C*(n + k) + 4*(n + k)*C/128 + 4*E*n*k (twice where it is added to).
