@@ -10,7 +10,7 @@ from common import Bench, Case, Peer
 
 from deepseek_kernels.plan import fp8_grouped_matmul as fp8_grouped_matmul_plan
 from deepseek_kernels.reference.fp8_quantize import expand_scale
-from deepseek_kernels.shapes import ceil_div, padded_columns
+from deepseek_kernels.shapes import align_up, ceil_div, padded_columns
 from deepseek_kernels.testing.compare import MATMUL, Tolerance
 
 CPU = Case("cpu 16x8", dict(num_experts=16, num_rows=128, n=512, k=512), devices=("cpu",))
@@ -89,7 +89,7 @@ def loop(x, weights, expert_offsets):
 def padded_rows(expert_offsets, num_rows):
     """Expert of each row, where it goes if each expert begins at a multiple of 128 rows, and how many those are."""
     counts = expert_offsets.diff().long()
-    padded = (counts + 127) // 128 * 128
+    padded = align_up(counts, 128)
     expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     first = padded.cumsum(0) - padded - expert_offsets[:-1]
     return expert, torch.arange(num_rows, device=counts.device) + first[expert], int(padded.sum())
@@ -146,15 +146,20 @@ def dequantized_columns(grad_t, scale_grad, a_t, scale_a, expert_offsets):
     return g, x, expert_offsets
 
 
+def padded_widths(expert_offsets):
+    """Columns of each expert, which begins at a multiple of 128 columns."""
+    return [align_up(count, 128) for count in expert_offsets.diff().tolist()]
+
+
 def wgrad_loop(g, x, expert_offsets):
-    widths = [128 * ceil_div(count, 128) for count in expert_offsets.diff().tolist()]
+    widths = padded_widths(expert_offsets)
     widths.append(g.shape[1] - sum(widths))
     pairs = list(zip(g.split(widths, 1), x.split(widths, 1), strict=True))[:-1]
     return torch.stack([(g @ x.t()).float() for g, x in pairs])
 
 
 def wgrad_for_deep_gemm(grad_t, scale_grad, a_t, scale_a, expert_offsets):
-    widths = [128 * ceil_div(count, 128) for count in expert_offsets.diff().tolist()]
+    widths = padded_widths(expert_offsets)
 
     def flat(q, scale):
         parts = q[:, : sum(widths)].view(torch.uint8).split(widths, 1)

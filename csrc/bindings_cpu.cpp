@@ -286,7 +286,7 @@ void bind_moe_gate(py::module_& m) {
          int score, int dtype, bool normalize, float scale, int threads) {
         moe_gate_cpu({at<void>(logits), at<float>(bias), at<bool>(mask), at<float>(weights), at<int64_t>(indices),
                       at<float>(workspace), num_tokens, num_experts, ld_logits, top_k, num_groups, topk_groups,
-                      Score(score), Dtype(dtype), normalize, scale},
+                      GateScore(score), Dtype(dtype), normalize, scale},
                      threads);
       },
       kw_only(), "logits"_a, "bias"_a, "mask"_a, "weights"_a, "indices"_a, "workspace"_a, "num_tokens"_a,
@@ -304,7 +304,7 @@ void bind_moe_gate_backward(py::module_& m) {
          bool normalize, float scale, int threads) {
         moe_gate_backward_cpu(
             {at<float>(grad_weights), at<void>(logits), at<void>(indices), at<void>(grad_logits), at<float>(workspace),
-             num_tokens, num_experts, ld_logits, top_k, Score(score), Dtype(dtype), wide, normalize, scale},
+             num_tokens, num_experts, ld_logits, top_k, GateScore(score), Dtype(dtype), wide, normalize, scale},
             threads);
       },
       kw_only(), "grad_weights"_a, "logits"_a, "indices"_a, "grad_logits"_a, "workspace"_a, "num_tokens"_a,

@@ -36,9 +36,9 @@ inline Vec sigmoid(Vec x) {
   return where_less(x, zero(), e * s, s);
 }
 
-void scores_of(Score score, float* x, int64_t n) {
+void scores_of(GateScore score, float* x, int64_t n) {
   const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;  // the row has room, and its tail is -inf
-  if (score == Score::kSqrtSoftplus) {
+  if (score == GateScore::kSqrtSoftplus) {
     for (int64_t i = 0; i < n; ++i) x[i] = std::sqrt(softplus(x[i]));
     return;
   }
@@ -146,9 +146,9 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
   for (int64_t e = 0; e < experts; e += kLanes) {  // both rows have room for a whole last register
     const Vec x = tame(load_some<kDtype>(row + e * (kDtype == Dtype::kFp32 ? 4 : 2), experts - e));
     store(selection + e, x);
-    store(scores + e, p.score == Score::kSigmoid ? sigmoid(x) : x);
+    store(scores + e, p.score == GateScore::kSigmoid ? sigmoid(x) : x);
   }
-  if (p.score != Score::kSigmoid) {
+  if (p.score != GateScore::kSigmoid) {
     for (int64_t e = experts; e < experts + 16; ++e) scores[e] = minus_infinity();
     scores_of(p.score, scores, experts);
   }
@@ -209,7 +209,7 @@ void gate_backward(const MoeGateBackwardCpuParams& p, int64_t t, float* scratch)
     const int64_t e = p.wide ? static_cast<const int64_t*>(p.indices)[at] : static_cast<const int32_t*>(p.indices)[at];
     return e < 0 || e >= experts ? int64_t(-1) : e;
   };
-  const bool softmax = p.score == Score::kSoftmax;
+  const bool softmax = p.score == GateScore::kSoftmax;
   if (softmax) {
     for (int64_t e = 0; e < experts; e += kLanes) {
       store(scores + e, tame(load_some<kDtype>(row + e * kBytes, experts - e)));
@@ -229,7 +229,7 @@ void gate_backward(const MoeGateBackwardCpuParams& p, int64_t t, float* scratch)
     store(x + k, logit);
     store(s + k, sigmoid(logit));
   }
-  if (p.score == Score::kSqrtSoftplus) {
+  if (p.score == GateScore::kSqrtSoftplus) {
     for (int k = 0; k < p.top_k; ++k) {
       const float slope = s[k];
       s[k] = std::sqrt(softplus(x[k])), x[k] = slope;
@@ -258,7 +258,7 @@ void gate_backward(const MoeGateBackwardCpuParams& p, int64_t t, float* scratch)
     if (e < 0) continue;
     float d = g[k] * s[k] * (1.f - s[k]);
     if (softmax) d = s[k] * (g[k] - mean);
-    if (p.score == Score::kSqrtSoftplus) d = s[k] > 0.f ? g[k] * x[k] / (2.f * s[k]) : 0.f;
+    if (p.score == GateScore::kSqrtSoftplus) d = s[k] > 0.f ? g[k] * x[k] / (2.f * s[k]) : 0.f;
     put(kDtype, out, e, d, false);
   }
 }

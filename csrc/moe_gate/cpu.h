@@ -3,10 +3,9 @@
 
 #include "common/cpu/isa.h"
 #include "common/dtype.h"
+#include "score.h"
 
 namespace deepseek_kernels {
-
-enum class Score : int { kSigmoid = 0, kSoftmax = 1, kSqrtSoftplus = 2 };
 
 struct MoeGateCpuParams {
   const void* logits;  // [num_tokens, num_experts] of dtype
@@ -17,7 +16,7 @@ struct MoeGateCpuParams {
   float* workspace;    // moe_gate_workspace floats
   int64_t num_tokens, num_experts, ld_logits;
   int top_k, num_groups, topk_groups;
-  Score score;
+  GateScore score;
   Dtype dtype;
   bool normalize;
   float scale;
@@ -39,7 +38,7 @@ struct MoeGateBackwardCpuParams {
   float* workspace;           // moe_gate_backward_workspace floats
   int64_t num_tokens, num_experts, ld_logits;
   int top_k;
-  Score score;
+  GateScore score;
   Dtype dtype;
   bool wide;  // indices are int64
   bool normalize;

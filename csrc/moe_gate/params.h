@@ -2,10 +2,9 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "score.h"
 
 namespace deepseek_kernels {
-
-enum class GateScore : int { kSigmoid = 0, kSoftmax = 1, kSqrtSoftplus = 2 };
 
 struct MoeGateParams {
   const void* logits;   // [num_tokens, num_experts] of dtype, rows ld_logits apart

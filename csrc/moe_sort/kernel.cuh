@@ -1,9 +1,8 @@
 // Row of entry i = start[e_i] + #{j < i : e_j = e_i}, with start the running sum of the experts' counts, each rounded
 // up to the alignment. A stable counting sort; atomics only add integers, so that nothing depends on the schedule.
 //
-// Tiling:  entries are dealt to CTAs in order, each taking its share a tile at a time. In a tile a warp has kRounds *
-// 32
-//          entries in order, one a lane and round.
+// Tiling:  entries are dealt to CTAs in order, each taking its share a tile at a time. A warp's part of a tile is
+//          32 * kRounds entries in order, one a lane and round.
 //          sort_in_one: one CTA, one tile, one launch.
 //          rank, place: the rank of every entry among its CTA's, left in token_topk_to_pos, and the CTA's counts; then
 //          each CTA sums everybody's counts, and those of the CTAs before it, and gives its entries their rows.

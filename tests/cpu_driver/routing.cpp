@@ -8,10 +8,10 @@
 namespace deepseek_kernels::driver {
 namespace {
 
-double score_of(Score score, const Matrix& logits, int64_t t, int64_t e) {
+double score_of(GateScore score, const Matrix& logits, int64_t t, int64_t e) {
   const double x = logits(t, e);
-  if (score == Score::kSigmoid) return 1 / (1 + std::exp(-x));
-  if (score == Score::kSqrtSoftplus) return std::sqrt(std::log1p(std::exp(x)));
+  if (score == GateScore::kSigmoid) return 1 / (1 + std::exp(-x));
+  if (score == GateScore::kSqrtSoftplus) return std::sqrt(std::log1p(std::exp(x)));
   double total = 0;
   for (int64_t o = 0; o < logits.columns; ++o) total += std::exp(logits(t, o));
   return std::exp(x) / total;
@@ -26,7 +26,7 @@ std::vector<int64_t> largest(const std::vector<double>& values, int64_t count) {
   return order;
 }
 
-void gate(Random& random, Format format, Score score, int64_t experts, int groups, int topk_groups, int top_k,
+void gate(Random& random, Format format, GateScore score, int64_t experts, int groups, int topk_groups, int top_k,
           bool with_bias, int threads) {
   const int64_t tokens = 37;
   Matrix logits = Matrix(format, tokens, experts, 3).fill(random),
@@ -82,7 +82,7 @@ void gate(Random& random, Format format, Score score, int64_t experts, int group
 
 // Logits of -inf have no score and no gradient; choices out of range have none either.
 template <class Index>
-void gate_backward(Random& random, Format format, Score score, bool normalize, int64_t experts, int top_k,
+void gate_backward(Random& random, Format format, GateScore score, bool normalize, int64_t experts, int top_k,
                    int threads) {
   const int64_t tokens = 150;
   Matrix logits = Matrix(format, tokens, experts, 3).fill(random), grad(format, tokens, experts);
@@ -127,8 +127,8 @@ void gate_backward(Random& random, Format format, Score score, bool normalize, i
     for (int64_t e = 0; e < experts; ++e) {
       const double x = logits(t, e), s = score_of(score, logits, t, e), sigmoid = 1 / (1 + std::exp(-x));
       double expected = of_score[e] * s * (1 - s);
-      if (score == Score::kSoftmax) expected = s * (of_score[e] - mean);
-      if (score == Score::kSqrtSoftplus) expected = of_score[e] * sigmoid / (2 * s);
+      if (score == GateScore::kSoftmax) expected = s * (of_score[e] - mean);
+      if (score == GateScore::kSqrtSoftplus) expected = of_score[e] * sigmoid / (2 * s);
       expect_close("moe_gate_backward", t, e, grad(t, e), expected, rounding(format), 1e-5);
     }
   }
@@ -223,7 +223,7 @@ void sort_and_permute(Random& random, Format format, int64_t tokens, int top_k, 
 void test_routing(Random& random) {
   each_thread_count([&](int threads) {
     for (Format format : kFloats) {
-      for (Score score : {Score::kSigmoid, Score::kSoftmax, Score::kSqrtSoftplus}) {
+      for (GateScore score : {GateScore::kSigmoid, GateScore::kSoftmax, GateScore::kSqrtSoftplus}) {
         gate(random, format, score, 5, 1, 1, 2, false, threads);
         gate_backward<int32_t>(random, format, score, true, 5, 2, threads);
         gate_backward<int64_t>(random, format, score, false, 40, 19, threads);
@@ -231,8 +231,8 @@ void test_routing(Random& random) {
       }
       for (int64_t hidden : {1, 16, 77}) sort_and_permute<int64_t>(random, format, 9, 3, hidden, 4, threads);
     }
-    gate(random, Format::kFp32, Score::kSigmoid, 72, 1, 1, 70, true, threads);
-    gate(random, Format::kFp32, Score::kSigmoid, 16, 16, 5, 5, true, threads);
+    gate(random, Format::kFp32, GateScore::kSigmoid, 72, 1, 1, 70, true, threads);
+    gate(random, Format::kFp32, GateScore::kSigmoid, 16, 16, 5, 5, true, threads);
     sort_and_permute<int32_t>(random, Format::kBf16, 2100, 2, 3, 1, threads);
     sort_and_permute<int32_t>(random, Format::kBf16, 0, 2, 3, 1, threads);
   });
