@@ -6,8 +6,9 @@ Nothing about a kernel is written down here. The op's own Triton function runs o
 configurations, while the launch is replaced by a note of what Triton would compile: signature, divisibility by 16,
 constants, options. The inputs are the cases of the benchmarks (real sizes) and the samples of the tests.
 
-A kernel fails if it does not compile, asks for more shared memory than the device has (the compiler does not look),
-spills registers, or has a `tl.dot` and no tensor-core instruction.
+A kernel fails if it does not compile, asks for more shared memory than the device has (the compiler does not look) or
+than the plan counts on, spills registers, has a `tl.dot` and no tensor-core instruction, or tensor descriptors and no
+TMA load; and where the plan says TMA, if it takes no descriptors.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from deepseek_kernels.testing import samples as sampling
 DEVICES = {d.arch: d for d in (A100, L40S, H100, B200)}
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NVIDIA_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+TMA = re.compile(r"\bUTMALDG\b")
 MMA = re.compile(r"\b(?:[HIQD]G?MMA|UTC\w*MMA)\b[.\w]*")
 ENVIRONMENT = Environment(triton=True)
 
@@ -62,6 +64,8 @@ class Kernel:
     registers: int = 0
     spills: int = 0
     mma: tuple[str, ...] = ()
+    planned: int = 0
+    tma: bool = False
     failures: list[str] = field(default_factory=list)
 
 
@@ -124,6 +128,16 @@ def configs(op: Operator, problem, device: DeviceSpec, every: bool) -> list:
     return [selected, *(c for c in legal if c != selected)]
 
 
+def _descriptors(launched: tuple) -> bool:
+    return any(t.startswith("tensordesc") for t in launched[1].values())
+
+
+def _planned(op: Operator, config, problem) -> int:
+    """Bytes of shared memory that the plan counts on; 0 where it does not count."""
+    count = getattr(op.plan, "shared_memory", None)
+    return count(config, problem) if count and len(inspect.signature(count).parameters) == 2 else 0
+
+
 def record(op: Operator, arch: int, every: bool = False) -> Iterator[tuple[Kernel, tuple]]:
     """(kernel, what `triton.compile` needs) for each distinct compilation; a launcher that raises is a failed kernel.
 
@@ -153,7 +167,11 @@ def record(op: Operator, arch: int, every: bool = False) -> Iterator[tuple[Kerne
                 except Exception as e:
                     error = f"the launcher raised {type(e).__name__}: {e}".splitlines()[0]
                     yield Kernel(op.name, arch, "?", case, str(config), "", failures=[error]), ()
-                for fn, signature, constexprs, attrs, options in launches:
+                if launches and getattr(config, "tma", False) and not any(map(_descriptors, launches)) and not error:
+                    error = "no kernel takes the descriptors that the plan says"
+                    yield Kernel(op.name, arch, "?", case, str(config), "", failures=[error]), ()
+                for launched in launches:
+                    fn, signature, constexprs, attrs, options = launched
                     name = fn.__name__.rpartition(".")[2]
                     operands = (name, *(t for t in signature.values() if t.startswith(("*", "tensordesc"))))
                     chosen = (operands, str(constexprs), str(options))
@@ -162,9 +180,9 @@ def record(op: Operator, arch: int, every: bool = False) -> Iterator[tuple[Kerne
                         continue
                     seen |= {operands, chosen, exact}
                     launch = f"{options.num_warps} warps, {options.num_stages} stages"
-                    yield Kernel(op.name, arch, name, case, str(config), launch), (
-                        fn, signature, constexprs, attrs, options.__dict__,
-                    )  # fmt: skip
+                    kernel = Kernel(op.name, arch, name, case, str(config), launch, tma=_descriptors(launched))
+                    kernel.planned = _planned(op, config, problem)
+                    yield kernel, (fn, signature, constexprs, attrs, options.__dict__)
     finally:
         JITFunction._do_compile, _device.spec = patched
 
@@ -201,6 +219,10 @@ def read(kernel: Kernel, source: tuple) -> Kernel:
     limit = DEVICES[kernel.arch].shared_memory
     if kernel.shared > limit:
         kernel.failures.append(f"shared memory {kernel.shared} past the limit of {limit} bytes")
+    if kernel.shared > kernel.planned > 0:
+        kernel.failures.append(f"shared memory {kernel.shared}, the plan counts on {kernel.planned} bytes")
+    if kernel.tma and not TMA.search(sass):
+        kernel.failures.append("descriptors without TMA loads")
     if kernel.spills:
         kernel.failures.append(f"{kernel.spills} spill instructions")
     if not kernel.mma and wants_tensor_cores(compiled.asm["ttir"]):

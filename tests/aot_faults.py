@@ -16,6 +16,19 @@ def product(a, b, out, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECIS
     tl.store(out + rows[:, None] * N + columns[None, :], tl.dot(x, y, input_precision=PRECISION))
 
 
+@triton.jit
+def copy(x, out, M: tl.constexpr, N: tl.constexpr):
+    rows, columns = tl.arange(0, M), tl.arange(0, N)
+    tl.store(out + rows[:, None] * N + columns[None, :], x.load([0, 0]))
+
+
+def failures_of_copy(arch: int, planned: int = 0) -> list[str]:
+    kernel = aot.Kernel("faults", arch, "copy", "", "", "", planned=planned, tma=True)
+    signature = {"x": "tensordesc<bf16[64, 64]>", "out": "*bf16", "M": "constexpr", "N": "constexpr"}
+    attributes = {(1,): [["tt.divisibility", 16]]}
+    return aot.read(kernel, (copy, signature, {(2,): 64, (3,): 64}, attributes, {"num_warps": 4})).failures
+
+
 def failures(arch: int, dtype: str, m: int, n: int, k: int, warps: int, precision: str = "tf32") -> list[str]:
     kernel = aot.Kernel("faults", arch, "product", "", "", "")
     signature = {"a": f"*{dtype}", "b": f"*{dtype}", "out": "*fp32"}
@@ -34,6 +47,9 @@ if __name__ == "__main__":
         "ieee": failures(90, "fp32", 16, 16, 16, 4, "ieee"),
         "spills": failures(90, "bf16", 64, 256, 64, 1),
         "shared": failures(89, "bf16", 64, 256, 256, 8),
+        "tma": failures_of_copy(90),
+        "no_tma": failures_of_copy(89),
+        "unplanned": failures_of_copy(90, planned=4096),
         "no_e4m3": failures(80, "fp8e4nv", 64, 64, 64, 4),
     }
     aot.MMA = aot.re.compile("no such instruction")

@@ -51,10 +51,12 @@ def test_compiles_clean(family, arch):
 
 def test_finds_faults():
     found = run("aot_faults.py")
-    assert found.pop("sound") == found.pop("ieee") == []
+    assert found.pop("sound") == found.pop("ieee") == found.pop("tma") == []
     patterns = {
         "spills": r"^\d+ spill instructions$",
         "shared": r"^shared memory \d+ past the limit of 101376 bytes$",
+        "no_tma": r"^descriptors without TMA loads$",
+        "unplanned": r"^shared memory 82\d\d, the plan counts on 4096 bytes$",
         "no_e4m3": r"^does not compile: .*fp8e4nv",
         "no_mma": r"^a dot without tensor-core instructions$",
     }

@@ -1,12 +1,13 @@
 """`fp8_grouped_matmul`: what the contract cannot know."""
 
+import itertools
 import re
 
 import pytest
 import torch
 
 import deepseek_kernels as dk
-from deepseek_kernels.device import A100, GPUS, H100, H200, L40S
+from deepseek_kernels.device import A100, CPU, GPUS, H100, H200, L40S
 from deepseek_kernels.ops._registry import OPERATORS
 from deepseek_kernels.plan import fp8_grouped_matmul as plan
 from deepseek_kernels.plan.backend import Environment
@@ -169,11 +170,58 @@ def test_masked_tile_follows_what_is_expected():
 def test_both_ways_to_read_e4m3_agree():
     """The kernel with e4m3 operands, and the one that decodes them to bf16 for sm_80: products of both are exact."""
     _, _, q = operands(37, 40, 256, 2)
-    for native in (False, True):
-        config = plan.replace(plan.CPU_CONFIG, native_fp8=native)
+    for native, tma in itertools.product((False, True), (False, True)):
+        config = plan.replace(plan.CPU_CONFIG, native_fp8=native, tma=tma)
         d = torch.empty(37, 40)
         fp8_grouped_matmul(config, *q, offsets(20, 37), d)
         assert_close(d, exact(*q, offsets(20, 37)), MATMUL)
+
+
+@pytest.mark.parametrize("device", [CPU, *GPUS.values()], ids=lambda d: d.name)
+@pytest.mark.parametrize("layout", ["contiguous", "masked", "wgrad"])
+def test_descriptors_where_the_device_and_the_operands_allow_them(device, layout):
+    for rows in (1, 640, 32768):
+        p = plan.Problem(128 * rows, 4096, 7168, 8, "float32", layout)
+        c = plan.select(p, device, "triton")
+        assert c.tma == (device.arch in (0, 90, 100)) and c.flatten == (c.tma and layout != "wgrad")
+        for bad in (dict(aligned=False), dict(num_rows=2**31 - 100), dict(k=0), dict(num_experts=0)):
+            without = plan.replace(p, **bad)
+            assert not plan.select(without, device, "triton").tma
+            if device.kind == "cuda":
+                assert "tensor descriptors" in plan.is_legal(c, without, device) or not c.tma
+
+
+def test_aligned_is_what_descriptors_take():
+    _, _, (a, scale_a, b, scale_b) = operands(24, 40, 144, 3)
+    ends, counts = offsets(3, 20, 24), torch.tensor([8, 0, 3], dtype=torch.int32)
+    wide = torch.zeros(3, 40, 176, dtype=torch.uint8).view(b.dtype)
+
+    def contiguous(a, b):
+        return OPERATORS["fp8_grouped_matmul"].problem(a, scale_a, b, scale_b, ends, None).aligned
+
+    def masked(a, b):
+        return OPERATORS["fp8_grouped_matmul_masked"].problem(a, scale_a, b, scale_b, counts, None, None).aligned
+
+    assert contiguous(a, b) and contiguous(a.t().contiguous().t(), b) and contiguous(a, wide[:, :, 16:160])
+    assert not contiguous(a, wide[:, :, 8:152]) and not contiguous(a, b[:1].expand(3, 40, 144))
+    assert not contiguous(wide[0, :24, 1:145], b) and not contiguous(a[:1].expand(24, 144), b)
+    assert masked(a.view(3, 8, 144), b) and masked(wide[:, :8, :144], b)
+    assert not masked(a.view(8, 3, 144).transpose(0, 1), b)
+
+
+def test_a_storage_that_begins_anywhere():
+    """Its address is not part of the problem: what descriptors cannot address is copied."""
+    _, _, (a, scale_a, b, scale_b) = operands(24, 40, 144, 2)
+
+    def moved(t):
+        buffer = bytearray(t.numel() + 32)
+        odd = next(i for i in range(16) if torch.frombuffer(buffer, dtype=torch.uint8, offset=i).data_ptr() % 16 == 5)
+        there = torch.frombuffer(buffer, dtype=torch.uint8, offset=odd, count=t.numel()).view(t.dtype).view(t.shape)
+        return there.copy_(t)
+
+    with dk.use_backend("triton"):
+        d = dk.fp8_grouped_matmul(a, scale_a, b, scale_b, offsets(3, 24))
+        assert_same_bits(dk.fp8_grouped_matmul(moved(a), scale_a, moved(b), scale_b, offsets(3, 24)), d)
 
 
 def exact_wgrad(grad_t, scale_grad, a_t, scale_a, columns) -> torch.Tensor:
@@ -264,8 +312,8 @@ def test_wgrad_accumulates_into_out_only():
 
 def test_both_ways_to_read_e4m3_agree_in_wgrad():
     operands = wgrad_operands(torch.Generator().manual_seed(0), 300, 40, 24, ends := offsets(20, 300))
-    for native in (False, True):
-        config = plan.replace(plan.CPU_CONFIG, native_fp8=native)
+    for native, tma in itertools.product((False, True), (False, True)):
+        config = plan.replace(plan.CPU_CONFIG, native_fp8=native, tma=tma)
         fp8_grouped_matmul_wgrad(config, False, *operands, ends, d := torch.empty(2, 40, 24))
         assert_close(d, exact_wgrad(*operands, (slice(0, 128), slice(128, 512))), MATMUL)
 

@@ -1,5 +1,6 @@
 """`fp8_matmul`: what the contract cannot know."""
 
+import re
 from dataclasses import astuple, replace
 
 import pytest
@@ -160,6 +161,9 @@ SMALL = plan.Config(16, 64, 4, 3, native_fp8=False)
         replace(SMALL, split_k=4, swap=True, group_m=4),
         replace(SMALL, block_m=32, block_n=128, group_m=2),
         replace(SMALL, block_m=128, block_n=32, swap=True),
+        replace(SMALL, tma=True, flatten=True),
+        replace(SMALL, tma=True, flatten=True, block_m=32, split_k=4, num_programs=2),
+        replace(SMALL, tma=True, swap=True, split_k=2, num_programs=99, group_m=2),
     ],
     ids=str,
 )
@@ -194,13 +198,34 @@ def test_tiles_for_devices_that_are_not_here(device, n, k):
         p = problem(m, n, k)
         config = plan.select(p, device, "triton")
         assert plan.is_legal(config, p, device) == ""
-        assert plan.shared_memory(config) <= device.shared_memory
+        assert plan.shared_memory(config, p) <= device.shared_memory
         assert config.native_fp8 == (device.arch >= 89)
         assert config.swap == (device.arch >= 90 and m <= 16)
         if m <= 16:
             assert config.block_m == 16, "a tile is not padded far past the tokens"
+        assert config.tma == (device.arch >= 90)
+        assert config.flatten == (config.tma and not config.swap)
         if m == 4096:
             assert config.block_m * config.block_n >= 64 * 128 and config.split_k == 1
+
+
+def test_programs_stay_and_share_the_tiles():
+    for m, n in ((1, 2112), (128, 7168), (4096, 7168)):
+        for device in (A100, H200, B200):
+            p = problem(m, n, 7168)
+            for c in plan.candidates(p, device):
+                tiles = -(-m // c.block_m) * -(-n // c.block_n)
+                concurrent = device.num_sms * plan.resident(c, p, device)
+                assert c.num_programs == tiles or concurrent // 2 < c.num_programs * c.split_k <= concurrent
+
+
+@pytest.mark.parametrize("p", [problem(64, 4096, 0), problem(2**31, 4096, 16), problem(64, 2**31, 16)], ids=str)
+def test_what_descriptors_cannot_address_goes_by_pointers(p):
+    for device in (H200, B200):
+        configs = plan.candidates(p, device)
+        assert configs and not any(c.tma for c in configs)
+        why = plan.is_legal(replace(configs[0], tma=True), p, device)
+        assert re.search("tensor descriptors address 1 to 2147483392", why)
 
 
 def test_few_tokens_share_out_k_until_the_device_is_full():
@@ -214,7 +239,7 @@ def test_few_tokens_share_out_k_until_the_device_is_full():
 def test_wave_quantisation():
     """One column of tiles more than fills the device costs a wave; the cost knows."""
     tile = plan.Config(128, 128, 8, 4)
-    full = 132 * plan.resident(tile, H100) // 12 * 128
+    full = 132 * plan.resident(tile, problem(1, 1, 7168), H100) // 12 * 128
     steps = [plan.cost(tile, problem(12 * 128, n, 7168), H100) for n in (full - 128, full, full + 128)]
     assert steps[1] < 1.1 * steps[0] and steps[2] > 1.5 * steps[1]
 

@@ -6,10 +6,12 @@ import torch
 import deepseek_kernels as dk
 from deepseek_kernels.device import A100, B200, GPUS, H100, H200
 from deepseek_kernels.ops import _extension
+from deepseek_kernels.ops._registry import OPERATORS
 from deepseek_kernels.plan import grouped_matmul as plan
 from deepseek_kernels.plan.backend import Environment
 from deepseek_kernels.reference.grouped_matmul import blocks, expert_bounds
 from deepseek_kernels.testing.compare import MATMUL, assert_close, assert_same_bits
+from deepseek_kernels.triton_kernels.grouped_matmul import grouped_matmul
 
 BACKENDS = ("reference", "triton", *(["torch"] if hasattr(torch.nn.functional, "grouped_mm") else []))
 NAN = float("nan")
@@ -179,6 +181,46 @@ def test_rows_that_are_not_whole_vectors_get_small_tiles():
     p = plan.Problem("forward", 32768, 4095, 7167, 8, vectors=False)
     c = plan.select(p, H100, "triton")
     assert plan.operands(c, p) <= 32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k_major", [True, False])
+def test_by_descriptors_and_by_pointers(dtype, k_major):
+    """Rows of two tiles and more for every expert but one, a tail of k, columns that fill no tile."""
+    a, b = torch.randn(150, 80).to(dtype), torch.randn(4, 48, 80).to(dtype)
+    b = b if k_major else b.transpose(1, 2).contiguous().transpose(1, 2)
+    ends = offsets(37, 37, 70, 144)
+    for tma in (True, False):
+        config = plan.replace(plan.CPU_CONFIG, tma=tma, flatten=tma)
+        d = torch.full((150, 48), NAN)
+        grouped_matmul(config, a, b, ends, d)
+        assert_close(d, exact(a, b, ends), MATMUL)
+
+
+@pytest.mark.parametrize("device", GPUS.values(), ids=lambda d: d.name)
+def test_descriptors_where_the_device_and_the_operands_allow_them(device):
+    p = plan.Problem("forward", 32768, 4096, 7168, 8)
+    c = plan.select(p, device, "triton")
+    assert c.tma == c.flatten == (device.arch >= 90)
+    for bad in (
+        dict(kind="wgrad"), dict(dtype="float32"), dict(vectors=False), dict(aligned=False), dict(num_experts=0),
+        dict(num_rows=2**31 - 100),
+    ):  # fmt: skip
+        without = plan.replace(p, **bad)
+        assert not plan.select(without, device, "triton").tma
+        assert "tensor descriptors" in plan.is_legal(c, without, device) or not c.tma
+
+
+def test_aligned_is_what_descriptors_take():
+    a, b = torch.zeros(20, 96).bfloat16(), torch.zeros(3, 48, 96).bfloat16()
+
+    def aligned(a, b):
+        return OPERATORS["grouped_matmul"].problem(a, b, offsets(3, 5, 20), None).aligned
+
+    assert aligned(a, b) and aligned(a.t().contiguous().t(), b) and aligned(a[:, 8:88], b[:, :, 16:])
+    assert aligned(a, b.transpose(1, 2)) and aligned(a, b[:, 16:].transpose(1, 2))
+    assert not aligned(a[:, 4:84], b) and not aligned(a, b[:1].expand(3, 48, 96))
+    assert not aligned(a, b.transpose(0, 1).contiguous().transpose(0, 1))
 
 
 def test_illegal_configs_say_why():

@@ -39,12 +39,12 @@ def pick(values, lane, LANES: tl.constexpr):
 
 
 @triton.jit
-def grouped_tile(local, m_tiles, n_tiles, GROUP_M: tl.constexpr):
-    """(m tile, n tile) of the `local`-th tile: GROUP_M row tiles at a time walk all columns, row tiles first."""
-    group = local // (GROUP_M * n_tiles)
-    height = tl.minimum(m_tiles - group * GROUP_M, GROUP_M)
-    rest = local % (GROUP_M * n_tiles)
-    return group * GROUP_M + rest % height, rest // height
+def grouped_tile(local, m_tiles, n_tiles, group_m):
+    """(m tile, n tile) of the `local`-th tile: `group_m` row tiles at a time walk all columns, row tiles first."""
+    group = local // (group_m * n_tiles)
+    height = tl.minimum(m_tiles - group * group_m, group_m)
+    rest = local % (group_m * n_tiles)
+    return group * group_m + rest % height, rest // height
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 from ..plan import fp8_grouped_matmul as plan
 from ..reference import fp8_grouped_matmul as reference
 from ..shapes import BLOCK, ceil_div
-from . import _allocate, _extension, _fp8_wgrad, _grouped_cpu
+from . import _allocate, _descriptors, _extension, _fp8_wgrad, _grouped_cpu
 from . import _checks as checks
 from ._registry import register
 
@@ -222,18 +222,20 @@ def _name(out_dtype: torch.dtype | None) -> str:
 
 
 def _problem(a, scale_a, b, scale_b, expert_offsets, out_dtype) -> plan.Problem:
-    return plan.Problem(a.shape[0], b.shape[1], a.shape[1], b.shape[0], _name(out_dtype))
+    (num_experts, n, k), name = b.shape, _name(out_dtype)
+    return plan.Problem(a.shape[0], n, k, num_experts, name, aligned=_descriptors.take(a[None], b))
 
 
 def _problem_masked(a, scale_a, b, scale_b, counts, out_dtype, expected_m) -> plan.Problem:
     num_experts, m_max, k = a.shape
     rows = num_experts * (m_max if expected_m is None else min(expected_m, m_max))
-    return plan.Problem(rows, b.shape[1], k, num_experts, _name(out_dtype), "masked")
+    return plan.Problem(rows, b.shape[1], k, num_experts, _name(out_dtype), "masked", aligned=_descriptors.take(a, b))
 
 
 def _problem_wgrad(grad_t, scale_grad, a_t, scale_a, expert_offsets, out=None, accumulate=False) -> plan.Problem:
     num_experts, n, k = _shape_wgrad(grad_t, a_t, expert_offsets)
-    return plan.Problem(grad_t.shape[1], n, k, num_experts, "float32", "wgrad", accumulate)
+    aligned = _descriptors.take(grad_t[None], a_t[None])
+    return plan.Problem(grad_t.shape[1], n, k, num_experts, "float32", "wgrad", accumulate, aligned)
 
 
 def _fake(a, scale_a, b, scale_b, rows, out_dtype, expected_m=None):
@@ -300,7 +302,8 @@ def _triton(config, a, scale_a, b, scale_b, expert_offsets, out_dtype):
 
     out = _empty(a, b, out_dtype)
     if out.numel():
-        kernel.fp8_grouped_matmul(config, checks.rows(a), scale_a, b, scale_b, expert_offsets, out)
+        a, b = _descriptors.operand(config, checks.rows(a)), _descriptors.operand(config, b)
+        kernel.fp8_grouped_matmul(config, a, scale_a, b, scale_b, expert_offsets, out)
     return out
 
 
@@ -309,7 +312,8 @@ def _triton_masked(config, a, scale_a, b, scale_b, counts, out_dtype, expected_m
 
     out = _empty(a, b, out_dtype)
     if out.numel():
-        kernel.fp8_grouped_matmul_masked(config, checks.rows(a), scale_a, b, scale_b, counts, out)
+        a, b = _descriptors.operand(config, checks.rows(a)), _descriptors.operand(config, b)
+        kernel.fp8_grouped_matmul_masked(config, a, scale_a, b, scale_b, counts, out)
     return out
 
 
@@ -341,7 +345,7 @@ def _triton_wgrad(config, grad_t, scale_grad, a_t, scale_a, expert_offsets, out,
     from ..triton_kernels import fp8_grouped_matmul as kernel
 
     if not _is_done(grad_t, out, accumulate):
-        grad_t, a_t = checks.rows(grad_t), checks.rows(a_t)
+        grad_t, a_t = (_descriptors.operand(config, checks.rows(t)) for t in (grad_t, a_t))
         kernel.fp8_grouped_matmul_wgrad(config, accumulate, grad_t, scale_grad, a_t, scale_a, expert_offsets, out)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from ..plan import grouped_matmul as plan
 from ..reference import grouped_matmul as reference
-from . import _allocate, _grouped_cpu
+from . import _allocate, _descriptors, _grouped_cpu
 from . import _checks as checks
 from ._registry import register
 
@@ -112,10 +112,18 @@ def _row_stride(t: torch.Tensor) -> int:
     return t.stride(0) if t.stride(1) == 1 else t.shape[1]
 
 
+def _rows_of_memory(b: torch.Tensor) -> torch.Tensor:
+    """[E, n, k], or [E, k, n] where n is the contiguous dimension."""
+    return b if b.stride(2) == 1 else b.transpose(1, 2)
+
+
 def _problem(a, b, expert_offsets, out_dtype) -> plan.Problem:
     (num_rows, k), n = a.shape, b.shape[1]
     vectors = 1 in b.stride()[1:] and _vectors(n, k, _row_stride(a), *(s for s in b.stride() if s != 1))
-    return plan.Problem("forward", num_rows, n, k, b.shape[0], _name(a.dtype), _name(out_dtype or a.dtype), vectors)
+    aligned = _descriptors.take(a[None], _rows_of_memory(b))
+    return plan.Problem(
+        "forward", num_rows, n, k, b.shape[0], _name(a.dtype), _name(out_dtype or a.dtype), vectors, aligned
+    )  # fmt: skip
 
 
 def _problem_wgrad(grad, a, expert_offsets, out_dtype) -> plan.Problem:
@@ -138,7 +146,8 @@ def _triton(config, a, b, expert_offsets, out_dtype):
 
     out = _allocate.empty((a.shape[0], b.shape[1]), out_dtype or a.dtype, a.device)
     if out.numel():
-        kernel.grouped_matmul(config, checks.rows(a), b, expert_offsets, out)
+        a, b = _descriptors.operand(config, checks.rows(a)), _descriptors.operand(config, b)
+        kernel.grouped_matmul(config, a, b, expert_offsets, out)
     return out
 
 

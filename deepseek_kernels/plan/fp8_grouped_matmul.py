@@ -17,7 +17,8 @@ from .fp8_matmul import CudaConfig
 @dataclass(frozen=True)
 class Problem:
     """`num_rows` is the upper bound that the host knows; in the masked layout what the caller expects, if he says. In
-    the layout of wgrad, the gradient of b, it is the number of columns, each expert's filled up to a block."""
+    the layout of wgrad, the gradient of b, it is the number of columns, each expert's filled up to a block. `aligned`:
+    the rows of both operands begin at multiples of 16 bytes and lie apart."""
 
     num_rows: int
     n: int
@@ -26,12 +27,13 @@ class Problem:
     out_dtype: str = "bfloat16"
     layout: Literal["contiguous", "masked", "wgrad"] = "contiguous"
     accumulate: bool = False
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
 class Config:
     """As `grouped_matmul`'s forward, with block_k = 128; for the gradient block_m is of n, block_n of k, and a step 128
-    columns. Without `native_fp8` the operands become bf16 in registers."""
+    columns. Without `native_fp8` the operands become bf16 in registers. `tma` and `flatten` as in `fp8_matmul`."""
 
     block_m: int
     block_n: int
@@ -40,6 +42,8 @@ class Config:
     num_stages: int
     native_fp8: bool
     num_programs: int = 0
+    tma: bool = False
+    flatten: bool = False
 
 
 AnyConfig = Config | CudaConfig | wgrad.WgradConfig
@@ -52,7 +56,7 @@ def _unscaled(p: Problem) -> grouped.Problem:
 
 def _tile(c: Config, p: Problem) -> grouped.Config:
     sides = (BLOCK, c.block_m, c.block_n) if p.layout == "wgrad" else (c.block_m, c.block_n, BLOCK)
-    return grouped.Config(*sides, c.group_m, c.num_warps, c.num_stages, c.num_programs)
+    return grouped.Config(*sides, c.group_m, c.num_warps, c.num_stages, c.num_programs, c.tma, c.flatten)
 
 
 def flops(p: Problem) -> int:
@@ -111,8 +115,9 @@ TILES = (
     (128, 128, 8, 3),
     (128, 128, 8, 4),
 )
-TILES_WGRAD = ((64, 32, 4, 4), (64, 64, 4, 4), (128, 64, 8, 4))
-"""A scale for each row and column leaves registers for at most 32 sums a thread."""
+TILES_HOPPER = ((64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3), (128, 128, 8, 4), (128, 128, 8, 5))
+"""From compute capability 9.0 the tensor cores take e4m3 in 64 rows."""
+TILES_WGRAD = ((64, 32, 4, 4), (64, 64, 4, 4), (128, 64, 8, 4), (64, 128, 4, 4), (128, 128, 8, 4))
 INSTANCES = {
     # tile_m, tile_n, cluster_m, cluster_n, swap; no cluster lies along m, where its tiles could belong to two groups
     "bfloat16": (
@@ -147,12 +152,25 @@ def _wgrad_size(p: Problem) -> wgrad.Size:
 
 
 def _triton_candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+    flat = p.layout != "wgrad"  # there the steps of a tile are as many as its expert has blocks
     if device.kind == "cpu":
-        return [CPU_CONFIG]
+        tma = not _descriptor_reason(p)
+        return [replace(CPU_CONFIG, tma=tma, flatten=tma and flat)]
     native = device.arch >= 89
-    tiles = TILES_WGRAD if p.layout == "wgrad" else TILES
+    tiles = TILES_WGRAD if p.layout == "wgrad" else TILES_HOPPER if device.arch >= 90 else TILES
     configs = [Config(m, n, 8, warps, stages, native) for m, n, warps, stages in tiles]
+    if device.arch >= 90 and not _descriptor_reason(p):
+        configs += [replace(c, tma=True, flatten=flat) for c in configs]
     return [replace(c, num_programs=device.num_sms * resident(c, p, device)) for c in configs]
+
+
+def _descriptor_reason(p: Problem) -> str:
+    """Why tensor descriptors cannot address the operands; empty if they can."""
+    if not p.aligned:
+        return "tensor descriptors need rows that begin at multiples of 16 bytes"
+    if p.num_experts * p.k == 0 or max(p.num_rows, p.n, p.k) > grouped.MAX_COORDINATE:
+        return f"tensor descriptors address 1 to {grouped.MAX_COORDINATE} rows and columns"
+    return ""
 
 
 def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
@@ -162,7 +180,7 @@ def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
 
 
 def shared_memory(c: Config, p: Problem) -> int:
-    """Bytes of the operand tiles in flight; without `native_fp8` one step's bf16 operands come on top."""
+    """As `grouped_matmul`'s; without `native_fp8` one step's bf16 operands come on top."""
     widened = 0 if c.native_fp8 else 2 * (c.block_m + c.block_n) * BLOCK
     return grouped.shared_memory(_tile(c, p), _unscaled(p)) + widened
 
@@ -175,17 +193,22 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
         return "" if known else "not among the compiled instances"
     if device.kind == "cpu":
         return ""
+    if c.tma and (device.arch < 90 or _descriptor_reason(p)):
+        return _descriptor_reason(p) or "tensor descriptors need compute capability 9.0"
     if shared_memory(c, p) > device.shared_memory:
         return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
+    if c.flatten and not (c.tma and p.layout != "wgrad"):
+        return "one loop over tiles and k needs the loads of descriptors, and the same k for all tiles"
     if device.arch >= 90 and c.block_m < 64:
         return "below 64 rows the tensor core has no FP8"
     masked = p.layout == "masked"  # the expert's own addresses take registers
     if not c.native_fp8 and grouped.operands(_tile(c, p), _unscaled(p)) > (80 if masked else 96):
         return "more than 96 operands a thread to decode, masked 80, leave no room for the rest"
     crowded = not c.native_fp8 or device.arch >= 100  # operands to decode, or sums to fetch from tensor memory
-    if p.layout == "wgrad" and crowded and grouped.accumulators(_tile(c, p), _unscaled(p)) > 16:
-        return "with a scale for each row and column there are registers for at most 16 sums a thread"
-    if grouped.accumulators(_tile(c, p), _unscaled(p)) > (32 if masked and device.arch < 90 else 64):
+    sums = grouped.accumulators(_tile(c, p), _unscaled(p))
+    if p.layout == "wgrad" and sums > (most := (16 if crowded else 32) * (2 if c.tma else 1)):
+        return f"scales of rows and columns leave registers for at most {most} sums a thread"
+    if sums > (32 if masked and device.arch < 90 else 64):
         return "two sets of more than 64 accumulators a thread, masked without wgmma 32, leave no room for the rest"
     return ""
 

@@ -7,6 +7,7 @@ from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
 from . import _fp8_hopper as hopper
 from . import _fp8_wgrad as wgrad
+from . import grouped_matmul as grouped
 from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -33,7 +34,9 @@ class Problem:
 @dataclass(frozen=True)
 class Config:
     """Of the Triton kernel. `swap`: the transposed tile, weights as rows; `group_m`: rows of tiles that are walked
-    together; `split_k`: slices of k that are summed apart."""
+    together; `split_k`: slices of k that are summed apart, `num_programs` stay and share the tiles of each. `tma`:
+    tensor descriptors load the operands; `flatten`: the loops over tiles and k are one, so that the loads of a tile
+    begin while the one before is finished."""
 
     block_m: int
     block_n: int
@@ -43,6 +46,9 @@ class Config:
     split_k: int = 1
     group_m: int = 1
     native_fp8: bool = True
+    num_programs: int = 1
+    tma: bool = False
+    flatten: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,16 +199,29 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Seque
     if backend == "cuda":
         return [_cuda_config(p, device, hopper.Tile(*i)) for i in INSTANCES.get(p.out_dtype, ())]
     if device.kind == "cpu":  # what the interpreter checks: every path of the kernel over the shapes of the tests
-        few = p.m <= 16
-        return [Config(16 if few else 32, 64, 4, 3, few, 2 if few else 1, 2, native_fp8=False)]
+        few, tma = p.m <= 16, p.m > 16 and p.k > 0
+        return [Config(16 if few else 32, 64, 4, 3, few, 2 if few else 1, 2, False, 2, tma, tma)]
+    configs = [Config(*tile, native_fp8=device.arch >= 89) for tile in TILES]
+    if device.arch >= 90:
+        configs = [Config(*tile, tma=tma) for tma in (True, False) for tile in TILES_HOPPER]
+        configs = [replace(c, flatten=_can_flatten(c, p)) for c in configs]
     splits = [s for s in SPLITS if s == 1 or (p.m <= MAX_SPLIT_ROWS and s <= p.blocks)]
-    configs = []
-    for tile in TILES_HOPPER if device.arch >= 90 else TILES:
-        config = replace(Config(*tile), native_fp8=device.arch >= 89)
-        concurrent = device.num_sms * resident(config, device)
-        group = hopper.group_of(ceil_div(p.m, config.block_m), config.block_m, config.block_n, concurrent)
-        configs += [replace(config, split_k=s, group_m=group) for s in splits]
-    return [c for c in configs if not is_legal(c, p, device)]
+    shared_out = [_shared_out(replace(c, split_k=s), p, device) for c in configs for s in splits]
+    return [c for c in shared_out if not is_legal(c, p, device)]
+
+
+def _can_flatten(c: Config, p: Problem) -> bool:
+    """Whether there are registers for one loop over tiles and steps: not beside scales of columns, which swapping makes
+    of those of rows, nor beside what is added to, nor beside addresses of operands."""
+    return c.tma and not c.swap and p.granularity_b == "128x128" and not p.accumulate
+
+
+def _shared_out(c: Config, p: Problem, device: DeviceSpec) -> Config:
+    """With as many programs as run at the same time, and the order of tiles that suits them."""
+    tiles_m, concurrent = ceil_div(p.m, c.block_m), device.num_sms * resident(c, p, device)
+    group = hopper.group_of(tiles_m, c.block_m, c.block_n, concurrent)
+    programs = min(tiles_m * ceil_div(p.n, c.block_n), concurrent // c.split_k)
+    return replace(c, group_m=group, num_programs=max(1, programs))
 
 
 def _wgrad_size(p: Problem) -> wgrad.Size:
@@ -214,9 +233,12 @@ def _cuda_config(p: Problem, device: DeviceSpec, t: hopper.Tile) -> CudaConfig:
     return CudaConfig(*astuple(t), hopper.raster(t, p.m, device), ctas)
 
 
-def shared_memory(c: Config) -> int:
-    """Bytes of the operand tiles in flight, and a little for scales and barriers."""
-    return c.num_stages * (c.block_m + c.block_n) * BLOCK + 1024
+def shared_memory(c: Config, p: Problem) -> int:
+    """Bytes of the operand tiles in flight, and a little for scales and barriers. Where they stay in flight while a
+    tile is finished, its sums are put in order beside them, else in their place."""
+    exact = c.split_k > 1 or p.accumulate or p.bias_dtype
+    beside = c.block_m * c.block_n * (4 if exact else ELEMENT_BYTES[p.out_dtype]) if c.flatten else 0
+    return c.num_stages * (c.block_m + c.block_n) * BLOCK + beside + 1024
 
 
 def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
@@ -226,22 +248,33 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
     if isinstance(c, CudaConfig):
         known = astuple(c)[: len(fields(hopper.Tile))] in INSTANCES.get(p.out_dtype, ())
         return "" if known else "not among the compiled instances"
-    if shared_memory(c) > device.shared_memory:
-        return f"needs {shared_memory(c)} bytes of shared memory, the device has {device.shared_memory}"
-    if p.granularity_b == "1x128" and device.arch >= 100 and c.block_m * c.block_n > 32 * 32 * c.num_warps:
+    if shared_memory(c, p) > device.shared_memory:
+        return f"needs {shared_memory(c, p)} bytes of shared memory, the device has {device.shared_memory}"
+    if c.tma and 0 < device.arch < 90:
+        return "tensor descriptors need compute capability 9.0"
+    if c.tma and (p.k == 0 or max(p.m, p.n, p.k) > grouped.MAX_COORDINATE):
+        return f"tensor descriptors address 1 to {grouped.MAX_COORDINATE} rows and columns"
+    if c.flatten and not _can_flatten(c, p):
+        return "one loop over tiles and k leaves no registers for addresses, scales of columns, or what is added to"
+    if c.block_m >= 2 * max(p.m, 16) and device.kind != "cpu":
+        return "half of the tile would be padding"
+    many = c.block_m * c.block_n > 32 * 32 * c.num_warps
+    if many and p.granularity_b == "1x128" and (device.arch >= 100 or device.arch == 90 and not c.tma):
         return "a scale for each row of b leaves registers for at most 32 sums a thread"
-    if not c.native_fp8 and device.kind != "cpu" and c.block_m * c.block_n > 32 * 32 * c.num_warps:
+    if many and device.arch >= 100 and c.tma and not c.flatten:
+        return "descriptors in a loop of their own leave registers for at most 32 sums a thread"
+    if many and not c.native_fp8 and device.kind != "cpu":
         return "operands to decode leave registers for at most 32 sums a thread"
     if c.split_k > 1 and c.split_k > p.blocks:
         return f"cannot cut {p.blocks} blocks of k into {c.split_k}"
     return ""
 
 
-def resident(c: Config, device: DeviceSpec) -> int:
+def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
     """Programs that one SM holds, by shared memory and by registers (sums, products and about 64 more a thread)."""
     threads = 32 * c.num_warps
     registers = threads * min(2 * c.block_m * c.block_n // threads + 64, 255)
-    return max(1, min(device.shared_memory // shared_memory(c), 65536 // registers))
+    return max(1, min(device.shared_memory // shared_memory(c, p), 65536 // registers))
 
 
 # What a tile waits for, beyond the data sheet. Round figures of published micro-benchmarks.
@@ -264,15 +297,19 @@ def _cost_cuda(c: CudaConfig, p: Problem, device: DeviceSpec) -> float:
 
 def _cost_triton(c: Config, p: Problem, device: DeviceSpec) -> float:
     tiles = ceil_div(p.m, c.block_m) * ceil_div(p.n, c.block_n) * c.split_k
-    programs = resident(c, device)
+    programs = resident(c, p, device)
     busy = min(programs, ceil_div(tiles, device.num_sms))
     math = _math(c.block_m, c.block_n, device) + _promotion(c.block_m, c.block_n, device)
+    loaded = (c.block_m + c.block_n) * BLOCK
     if not c.native_fp8:
-        math += (c.block_m + c.block_n) * BLOCK * DECODE_OPERATIONS / (device.rate("fp32") / 2 / device.num_sms)
-    read = _read(busy * (c.block_m + c.block_n) * BLOCK, c.num_stages - 1)
+        math += loaded * DECODE_OPERATIONS / (device.rate("fp32") / 2 / device.num_sms)
+    if not c.tma:
+        math += loaded / 16 * grouped.COPY_OPERATIONS / (device.rate("fp32") / 2 / device.num_sms)
+    read = _read(busy * loaded, c.num_stages - 1)
     waves = ceil_div(tiles, device.num_sms * programs)
     steps = max(ceil_div(p.blocks, c.split_k), 1)
-    seconds = waves * (steps * hopper.overlap(busy * math, read) + hopper.MEMORY_LATENCY)
+    seconds = waves * steps * hopper.overlap(busy * math, read)
+    seconds += hopper.MEMORY_LATENCY * (1 if c.flatten else waves)
     traffic = bytes(p)
     if c.split_k > 1:
         seconds += LAUNCH

@@ -11,18 +11,24 @@ ELEMENT_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, 
 RATES = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MAX_EXPERTS = 4096
 """The kernel holds one counter per expert in registers."""
+COPY_OPERATIONS = 4
+"""Per 16 bytes, of the threads' own copies and addresses; one thread asks for all that a descriptor loads."""
+MAX_COORDINATE = 2**31 - 256
+"""Where a tile that a descriptor loads may begin, as an int32, with room for its rows."""
 
 CPU_MAX_ROWS = 32
 """Rows per busy expert up to which the CPU kernel, which streams the weights, is the first choice."""
 
 TORCH_MIN_ROWS, TORCH_MIN_K = 512, 4096
-"""Rows per busy expert and k from which grouped_mm wins on Hopper. H200, ms, Triton and torch, k=7168: 4x8192 rows 3.54
-and 3.05, 32x512 1.89 and 1.75, 32x20 0.45 and 0.66; k=2048: 4x8192 1.80 and 2.05, 32x512 0.91 and 1.15."""
+"""Rows per busy expert and k from which grouped_mm wins on Hopper. H200, ms, Triton by pointers and torch, k=7168:
+4x8192 rows 3.54 and 3.05, 32x512 1.89 and 1.75, 32x20 0.45 and 0.66; k=2048: 4x8192 1.80 and 2.05, 32x512 0.91 and
+1.15."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`num_rows` is the upper bound that the host knows. `vectors`: sizes and strides are multiples of 16 elements."""
+    """`num_rows` is the upper bound that the host knows. `vectors`: sizes and strides are multiples of 16 elements;
+    `aligned`: and rows of both operands begin at multiples of 16 bytes and lie apart."""
 
     kind: Literal["forward", "wgrad"]
     num_rows: int
@@ -32,6 +38,7 @@ class Problem:
     dtype: str = "bfloat16"
     out_dtype: str = "bfloat16"
     vectors: bool = True
+    aligned: bool = True
 
     @property
     def busy_experts(self) -> int:
@@ -42,7 +49,8 @@ class Problem:
 @dataclass(frozen=True)
 class Config:
     """One tile: `forward` block_m rows by block_n columns in steps of block_k; `wgrad` block_n by block_k in steps of
-    block_m rows. `group_m` row tiles walk the columns together; `num_programs` stay resident and share the tiles."""
+    block_m rows. `group_m` row tiles walk the columns together; `num_programs` stay resident and share the tiles.
+    `tma` and `flatten` as in `fp8_matmul`, of forward only."""
 
     block_m: int
     block_n: int
@@ -51,6 +59,8 @@ class Config:
     num_warps: int
     num_stages: int
     num_programs: int = 0
+    tma: bool = False
+    flatten: bool = False
 
 
 def flops(p: Problem) -> int:
@@ -148,8 +158,9 @@ CPU_CONFIG = Config(16, 32, 32, 2, 4, 1, 3)
 
 
 def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+    tma = _descriptor_reason(p) == ""
     if device.kind == "cpu":
-        return [CPU_CONFIG]
+        return [replace(CPU_CONFIG, tma=tma, flatten=tma)]
     fp32 = p.dtype == "float32"
     tiles: tuple[tuple[int, int, int, int, int], ...]
     if p.kind == "wgrad":
@@ -157,13 +168,32 @@ def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
     else:
         tiles = TILES_FP32 if fp32 else TILES
     configs = [Config(m, n, k, 8, warps, stages) for m, n, k, warps, stages in tiles]
+    if device.arch >= 90 and tma:
+        configs += [replace(c, tma=True, flatten=True) for c in configs]
     return [replace(c, num_programs=device.num_sms * resident(c, p, device)) for c in configs]
 
 
+def _descriptor_reason(p: Problem) -> str:
+    """Why tensor descriptors cannot address the operands; empty if they can."""
+    if p.kind == "wgrad" or p.dtype not in ("bfloat16", "float16"):
+        return "tensor descriptors load the 16-bit operands of forward"
+    if not (p.vectors and p.aligned):
+        return "tensor descriptors need rows that begin at multiples of 16 bytes"
+    if p.num_experts * p.k == 0 or max(p.num_rows, p.n, p.k) > MAX_COORDINATE:
+        return f"tensor descriptors address 1 to {MAX_COORDINATE} rows and columns"
+    return ""
+
+
+def _per_step(c: Config, p: Problem) -> int:
+    """Elements of one step's operand tiles."""
+    return (c.block_m + c.block_n) * c.block_k if p.kind == "forward" else c.block_m * (c.block_n + c.block_k)
+
+
 def shared_memory(c: Config, p: Problem) -> int:
-    """Bytes of the operand tiles in flight."""
-    per_stage = (c.block_m + c.block_n) * c.block_k if p.kind == "forward" else c.block_m * (c.block_n + c.block_k)
-    return c.num_stages * per_stage * ELEMENT_BYTES[p.dtype]
+    """Bytes of the operand tiles in flight; with `tma` a little for barriers, and with `flatten` a tile's sums, which
+    are put in order beside the next tile's operands."""
+    beside = c.block_m * c.block_n * ELEMENT_BYTES[p.out_dtype] if c.flatten else 0
+    return c.num_stages * _per_step(c, p) * ELEMENT_BYTES[p.dtype] + beside + 1024 * c.tma
 
 
 def accumulators(c: Config, p: Problem) -> int:
@@ -173,7 +203,7 @@ def accumulators(c: Config, p: Problem) -> int:
 
 def operands(c: Config, p: Problem) -> int:
     """Elements of one step's operand tiles that one thread loads."""
-    return shared_memory(c, p) // (c.num_stages * ELEMENT_BYTES[p.dtype] * 32 * c.num_warps)
+    return _per_step(c, p) // (32 * c.num_warps)
 
 
 def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
@@ -185,8 +215,12 @@ def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
 def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
     if device.kind == "cpu":
         return ""
+    if c.tma and (device.arch < 90 or _descriptor_reason(p)):
+        return _descriptor_reason(p) or "tensor descriptors need compute capability 9.0"
     if shared_memory(c, p) > device.shared_memory:
         return f"needs {shared_memory(c, p)} bytes of shared memory, {device.name} has {device.shared_memory}"
+    if c.flatten and not c.tma:
+        return "one loop over tiles and k needs the loads of descriptors"
     if not p.vectors and operands(c, p) > 32:
         return f"loads {operands(c, p)} operands a thread one by one, 32 leave room for their addresses"
     most = 128 if device.arch in (90, 100) else 64  # wgmma reads its operands from shared memory, mma from registers
@@ -199,7 +233,7 @@ def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
     """Seconds, if every busy expert had the average number of rows.
 
     Waves of resident programs, each as long as its tile's matmul or its tile's loads from L2, whichever is longer. A
-    tensor core below 64 rows runs at about half its rate.
+    tensor core below 64 rows runs at about half its rate. Without descriptors the threads' copies come on top.
     """
     element = ELEMENT_BYTES[p.dtype]
     rows = ceil_div(p.num_rows, max(p.busy_experts, 1))
@@ -215,7 +249,8 @@ def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
     rate = device.rate(RATES[p.dtype]) / device.num_sms / share * (1.0 if height >= 64 else 0.5)
     l2 = 1.5 * device.bandwidth / device.num_sms / share
     tile = max(2 * height * width * depth / rate, (height + width) * depth * element / l2)
-    return ceil_div(tiles, c.num_programs) * tile
+    copies = 0 if c.tma else tiles * (height + width) * depth * element / 16
+    return ceil_div(tiles, c.num_programs) * tile + copies * COPY_OPERATIONS / (device.rate("fp32") / 2)
 
 
 def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
