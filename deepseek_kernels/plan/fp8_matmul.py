@@ -271,10 +271,12 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
 
 
 def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
-    """Programs that one SM holds, by shared memory and by registers (sums, products and about 64 more a thread)."""
+    """Programs that one SM holds, by shared memory and by registers: of a thread its sums and products, scales of
+    columns and operands to decode where there are any, and about 64 more."""
     threads = 32 * c.num_warps
-    registers = threads * min(2 * c.block_m * c.block_n // threads + 64, 255)
-    return max(1, min(device.shared_memory // shared_memory(c, p), 65536 // registers))
+    registers = 2 * c.block_m * c.block_n // threads + 64
+    registers += 64 * (p.granularity_b == "1x128") + (c.block_m + c.block_n) * BLOCK // threads * (not c.native_fp8)
+    return max(1, min(device.shared_memory // shared_memory(c, p), 65536 // (threads * min(registers, 255))))
 
 
 # What a tile waits for, beyond the data sheet. Round figures of published micro-benchmarks.

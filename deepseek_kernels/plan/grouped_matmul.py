@@ -190,10 +190,10 @@ def _per_step(c: Config, p: Problem) -> int:
 
 
 def shared_memory(c: Config, p: Problem) -> int:
-    """Bytes of the operand tiles in flight; with `tma` a little for barriers, and with `flatten` a tile's sums, which
-    are put in order beside the next tile's operands."""
+    """Bytes of the operand tiles in flight, and a little for barriers; with `flatten` also of a tile's sums, which are
+    put in order beside the next tile's operands."""
     beside = c.block_m * c.block_n * ELEMENT_BYTES[p.out_dtype] if c.flatten else 0
-    return c.num_stages * _per_step(c, p) * ELEMENT_BYTES[p.dtype] + beside + 1024 * c.tma
+    return c.num_stages * _per_step(c, p) * ELEMENT_BYTES[p.dtype] + beside + 1024
 
 
 def accumulators(c: Config, p: Problem) -> int:
