@@ -301,6 +301,8 @@ def _triton(config, a, scale_a, b, scale_b, expert_offsets, out_dtype):
     from ..triton_kernels import fp8_grouped_matmul as kernel
 
     out = _empty(a, b, out_dtype)
+    if b.numel() == 0:
+        return out.zero_()
     if out.numel():
         a, b = _descriptors.operand(config, checks.rows(a)), _descriptors.operand(config, b)
         kernel.fp8_grouped_matmul(config, a, scale_a, b, scale_b, expert_offsets, out)
@@ -311,6 +313,8 @@ def _triton_masked(config, a, scale_a, b, scale_b, counts, out_dtype, expected_m
     from ..triton_kernels import fp8_grouped_matmul as kernel
 
     out = _empty(a, b, out_dtype)
+    if b.numel() == 0:
+        return out.zero_()
     if out.numel():
         a, b = _descriptors.operand(config, checks.rows(a)), _descriptors.operand(config, b)
         kernel.fp8_grouped_matmul_masked(config, a, scale_a, b, scale_b, counts, out)
