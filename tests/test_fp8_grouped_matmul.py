@@ -446,3 +446,34 @@ def test_every_hopper_instance_on_the_device():
                 one = offsets(*[0] * e, *[count] * (3 - e))
                 want = exact(a[e].cpu(), scale_a[e].cpu(), q[2].cpu(), q[3].cpu(), one)[:count]
                 assert_close(d[e, :count].cpu(), want, MATMUL, str(config))
+
+
+@pytest.mark.gpu
+def test_every_triton_candidate_on_the_device():
+    from deepseek_kernels.ops import _device
+    from deepseek_kernels.ops.fp8_grouped_matmul import _triton, _triton_masked, _triton_wgrad
+
+    def legal(p):
+        return [c for c in plan.candidates(p, device) if not plan.is_legal(c, p, device)]
+
+    _, _, q = operands(600, 392, 720, 3)
+    ends = offsets(7, 7, 431)
+    expected, device = exact(*q, ends).cuda(), _device.spec(torch.device("cuda", 0))
+    q, ends_here = [t.cuda() for t in q], ends.cuda()
+    for config in legal(plan.Problem(600, 392, 720, 3, "float32")):
+        assert_close(_triton(config, *q, ends_here, torch.float32), expected, MATMUL, str(config))
+    a, scale_a = (t[:600].view(3, 200, -1) for t in q[:2])
+    counts = torch.tensor([200, 0, 33], dtype=torch.int32, device="cuda")
+    for config in legal(plan.Problem(600, 392, 720, 3, "float32", "masked")):
+        d = _triton_masked(config, a, scale_a, *q[2:], counts, torch.float32, None)
+        for e, count in enumerate(counts.tolist()):
+            one = offsets(*[0] * e, *[count] * (3 - e))
+            want = exact(a[e].cpu(), scale_a[e].cpu(), q[2].cpu(), q[3].cpu(), one)[:count]
+            assert_close(d[e, :count].cpu(), want, MATMUL, str(config))
+    grads = wgrad_operands(torch.Generator().manual_seed(0), 300, 392, 136, ends := offsets(20, 300))
+    expected = exact_wgrad(*grads, (slice(0, 128), slice(128, 512))).cuda()
+    grads = [t.cuda() for t in grads]
+    for config in legal(plan.Problem(grads[0].shape[1], 392, 136, 2, "float32", "wgrad", True)):
+        d = torch.ones_like(expected, dtype=torch.float32)
+        _triton_wgrad(config, *grads, ends.cuda(), d, True)
+        assert_close(d, expected + 1, MATMUL, str(config))

@@ -274,3 +274,20 @@ def test_flops_and_bytes():
     assert plan.bytes(p) == 2 * (100 * 128 + 4 * 64 * 128 + 100 * 64) + 4 * 5
     assert plan.bytes(plan.replace(p, num_rows=2)) == 2 * (2 * 128 + 2 * 64 * 128 + 2 * 64) + 4 * 5
     assert plan.bytes(plan.replace(p, kind="wgrad")) == 2 * (100 * (64 + 128) + 4 * 64 * 128) + 4 * 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k_major", [True, False])
+def test_every_triton_candidate_on_the_device(k_major):
+    from deepseek_kernels.ops import _device
+    from deepseek_kernels.ops.grouped_matmul import _triton
+
+    a, b = torch.randn(600, 208).bfloat16(), torch.randn(3, 400, 208).bfloat16()
+    ends = offsets(7, 7, 431)
+    expected, device = exact(a, b, ends).cuda(), _device.spec(torch.device("cuda", 0))
+    b = b if k_major else b.transpose(1, 2).contiguous().transpose(1, 2)
+    a, b, ends = a.cuda(), b.cuda(), ends.cuda()
+    p = plan.Problem("forward", 600, 400, 208, 3, out_dtype="float32")
+    for config in plan.candidates(p, device):
+        if not plan.is_legal(config, p, device):
+            assert_close(_triton(config, a, b, ends, torch.float32), expected, MATMUL, str(config))
