@@ -263,6 +263,8 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
         return "a scale for each row of b leaves registers for at most 32 sums a thread"
     if many and device.arch >= 100 and c.tma and not c.flatten:
         return "descriptors in a loop of their own leave registers for at most 32 sums a thread"
+    if c.swap and p.accumulate and c.block_m > 16 and device.arch >= 100:
+        return "a transposed tile that is added to leaves registers for 16 columns"
     if many and not c.native_fp8 and device.kind != "cpu":
         return "operands to decode leave registers for at most 32 sums a thread"
     if c.split_k > 1 and c.split_k > p.blocks:
