@@ -212,8 +212,9 @@ def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Seque
 
 def _can_flatten(c: Config, p: Problem) -> bool:
     """Whether there are registers for one loop over tiles and steps: not beside scales of columns, which swapping makes
-    of those of rows, nor beside what is added to, nor beside addresses of operands."""
-    return c.tma and not c.swap and p.granularity_b == "128x128" and not p.accumulate
+    of those of rows, nor addresses of operands, nor what is added to or stored element by element."""
+    in_vectors = p.n % 16 == 0 and not p.accumulate
+    return c.tma and not c.swap and p.granularity_b == "128x128" and in_vectors
 
 
 def _shared_out(c: Config, p: Problem, device: DeviceSpec) -> Config:
@@ -255,7 +256,7 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
     if c.tma and (p.k == 0 or max(p.m, p.n, p.k) > grouped.MAX_COORDINATE):
         return f"tensor descriptors address 1 to {grouped.MAX_COORDINATE} rows and columns"
     if c.flatten and not _can_flatten(c, p):
-        return "one loop over tiles and k leaves no registers for addresses, scales of columns, or what is added to"
+        return "one loop over tiles and k leaves no registers for addresses, scales of columns, or lone elements"
     if c.block_m >= 2 * max(p.m, 16) and device.kind != "cpu":
         return "half of the tile would be padding"
     many = c.block_m * c.block_n > 32 * 32 * c.num_warps
