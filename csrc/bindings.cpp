@@ -13,6 +13,7 @@
 #include "fp8_grouped_matmul/params.h"
 #include "fp8_matmul/params.h"
 #include "fp8_quantize/params.h"
+#include "mla_decode/params.h"
 #include "moe_gate/params.h"
 #include "moe_permute/params.h"
 #include "moe_sort/params.h"
@@ -345,6 +346,45 @@ void bind_fp8_grouped_matmul_wgrad(py::module_& m) {
     instances.append(py::make_tuple(i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.stages));
   m.attr("fp8_grouped_matmul_wgrad_instances") = py::tuple(instances);
 }
+
+void bind_mla_decode(py::module_& m) {
+  m.def(
+      "mla_decode",
+      [](address q, address kv_cache, address block_table, address seqlens_kv, address sink, address out, address lse,
+         address part_out, address part_lse, address heads, int b, int s_q, int h_q, int num_pages, int page_size,
+         int max_pages, int64_t q_stride_b, int64_t q_stride_row, int64_t page_stride, int64_t row_stride, float scale,
+         bool causal, int dtype, int parts, address stream) {
+        launch_mla_decode({at<void>(q),
+                           at<void>(kv_cache),
+                           at<int32_t>(block_table),
+                           at<int32_t>(seqlens_kv),
+                           at<float>(sink),
+                           at<void>(out),
+                           at<float>(lse),
+                           at<float>(part_out),
+                           at<float>(part_lse),
+                           at<int32_t>(heads),
+                           b,
+                           s_q,
+                           h_q,
+                           num_pages,
+                           page_size,
+                           max_pages,
+                           q_stride_b,
+                           q_stride_row,
+                           page_stride,
+                           row_stride,
+                           scale,
+                           causal,
+                           Dtype(dtype),
+                           parts,
+                           at<void>(stream)});
+      },
+      kw_only(), "q"_a, "kv_cache"_a, "block_table"_a, "seqlens_kv"_a, "sink"_a, "out"_a, "lse"_a, "part_out"_a,
+      "part_lse"_a, "heads"_a, "b"_a, "s_q"_a, "h_q"_a, "num_pages"_a, "page_size"_a, "max_pages"_a, "q_stride_b"_a,
+      "q_stride_row"_a, "page_stride"_a, "row_stride"_a, "scale"_a, "causal"_a, "dtype"_a, "parts"_a, "stream"_a,
+      release_gil());
+}
 #endif
 #endif
 
@@ -364,7 +404,8 @@ void bind(py::module_& m) {
   bind_fp8_matmul(m);
   bind_fp8_grouped_matmul(m);
   bind_fp8_grouped_matmul_wgrad(m);
-  ops += ",fp8_matmul,fp8_grouped_matmul,fp8_grouped_matmul_wgrad";
+  bind_mla_decode(m);
+  ops += ",fp8_matmul,fp8_grouped_matmul,fp8_grouped_matmul_wgrad,mla_decode";
 #endif
   m.attr("ops") = split(ops);
   m.attr("architectures") = split(DEEPSEEK_KERNELS_ARCHS);

@@ -210,6 +210,16 @@ DEVICE_FN void pin(float (&d)[R]) {
   (void)d;
 #endif
 }
+// Names registers that wgmma took as A from, after the wait: until then they may not be used for anything else.
+template <int R>
+DEVICE_FN void pin(uint32_t (&a)[R][4]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < 4 * R; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+#else
+  (void)a;
+#endif
+}
 // Name every accumulator (and call before the first wgmma that uses it after a plain access).
 template <class... D>
 DEVICE_FN void wgmma_fence(D&... d) {

@@ -1,0 +1,602 @@
+// s_rj = scale q_r . row_j      lse_r = log sum_j exp(s_rj)      out_r = sum_j exp(s_rj - lse_r) row_j[:512]
+//
+// for the s_q * h_q query rows r of a sequence, and the rows j of its cache that r may see.
+//
+// Tiling:   64 query rows a CTA; the sums, 64 x 512 in fp32, are half of the registers of a multiprocessor, so there is
+//           one such tile on it, whose columns two math warpgroups share. Tokens come in pairs of blocks of 64, 0 and 1;
+//           both buffers of shared memory have rows of 576 as nine panels 64 wide. A block is loaded once: its rows are
+//           keys, and the same bytes seen MN-major are values. 72 KB of queries, twice 72 KB of cache, 8 KB of weights.
+// Schedule: the pairs of all sequences, one after the other, are cut into equal parts, on the device, which alone knows
+//           the lengths. A part has a CTA for each tile of query rows; those run side by side and have the cache in
+//           common in L2. What a part has of a sequence is a piece. A piece that is a whole sequence is stored as the
+//           result, any other as a partial one, of which a part has at most two; kernel_merge.cuh adds those up.
+// Pipeline: warpgroup g has the scores of block g, and half g (0: left, 1: right) of the columns of all sums. A pair:
+//
+//             warpgroup 0                                        warpgroup 1
+//             S0 = Q K0^T                                        S1 = Q K1^T
+//             new maximum a, scale0        --scales_ready[0]-->  maximum b of a and of S1, scale1
+//             P0 = exp2(S0 - a)            <--scales_ready[1]--  P1 = exp2(S1 - b), to shared memory
+//             O_l = scale0 O_l + P0 V0_l   <--weights_ready[1]-  O_r = scale0 scale1 O_r + P1 V1_r
+//             P0 *= scale1, to shared      --weights_ready[0]->  O_r += P0 V0_r
+//             O_l = scale1 O_l + P1 V1_l
+//
+//           so that each one's softmax runs under the other one's products. P0 lies where K0's last panel was (the
+//           rotary part, which is no value), P1 in a place of its own.
+//             who                    waits for          does                                  signals
+//             loading warp (g, half) empty[g][half]     loads panels 0-3 or 4-8 of block g    full[g][panel] (bytes)
+//             loading warp (0, 0)    q_empty            loads the queries of its next piece   q_full (bytes)
+//             math warpgroup g       full[g][0..8]      S_g                                   q_empty after the last
+//             math warpgroup g       as above           sums from half g of both blocks       empty[0..1][g]
+//           A page that does not exist is loaded from outside the tensor, which gives zeros, and its scores are masked;
+//           so is a second block that the last pair of a sequence does not have. Rows of a page past the sequence's
+//           end may hold anything and are zeroed before they are values: 0 times NaN is NaN.
+// Bytes:    b*s_q*h_q*(2*512+64)*2 + sum(seqlens_kv)*1152, and 4 KB and a little for a row of a partial result.
+//           b=128 s_q=1 h_q=128 s_kv=4096: 0.64 GB, 133 us at 4.8 TB/s, against 146 GFLOP, 147 us at 989 TFLOP/s.
+#pragma once
+#include "kernel_merge.cuh"
+
+namespace deepseek_kernels::mla_decode {
+using namespace sm90;
+
+constexpr int kRows = 64;    // of queries a CTA
+constexpr int kTokens = 64;  // of a block
+constexpr int kPair = 2 * kTokens;
+constexpr int kLatent = 512, kWidth = 576;
+constexpr int kPanels = kWidth / 64, kHalfPanels = kLatent / 2 / 64, kRope = kPanels - 1;
+constexpr int kPanelBytes = 64 * 128;  // 64 rows of 128 bytes, swizzled
+constexpr int kGroupThreads = 128;
+constexpr int kMathThreads = 2 * kGroupThreads;
+constexpr int kThreads = 3 * kGroupThreads;
+constexpr float kLowest = -1e30f;  // a maximum of nothing; finite, so that differences are numbers
+
+// Where this part's share of the work begins and ends. Sequence i takes up pairs (at least one) and `overhead` units.
+struct Schedule {
+  int64_t total, begin, end;  // in units
+  int64_t before;             // units of the sequences before the first one
+  int sequence;               // the first one
+  int parts;                  // that have work
+  int overhead;               // units that a sequence costs beside its pairs
+};
+
+struct Smem {
+  alignas(1024) uint8_t q[kPanels][kPanelBytes];
+  alignas(1024) uint8_t kv[2][kPanels][kPanelBytes];
+  alignas(1024) uint8_t weights[kPanelBytes];  // of block 1; those of block 0 are in kv[0][kRope]
+  float2 scales[2][kRows];                     // by each warpgroup: the maximum, and what older sums are to be scaled by
+  float mass[2][kRows];
+  alignas(8) uint64_t full[2][kPanels];
+  uint64_t empty[2][2];
+  uint64_t q_full, q_empty;
+  uint64_t scales_ready[2], weights_ready[2];
+  int present[2];  // of each block: bit i, whether its tokens [i << box_log2, (i + 1) << box_log2) have a page
+  Schedule schedule;
+};
+static_assert(sizeof(Smem) <= 232448);
+
+DEVICE_FN int length_of(const MlaDecodeParams& p, int sequence) {
+  const int length = __ldg(p.seqlens_kv + sequence);
+  if (BUG(length_not_clamped)) return length;
+  return length < 0 ? 0 : length < p.capacity ? length : p.capacity;
+}
+DEVICE_FN int units_of(const MlaDecodeParams& p, int sequence) {
+  const int pairs = ceil_div(length_of(p, sequence), kPair);
+  return pairs > 0 ? pairs : 1;
+}
+
+// By one whole warp. Every lane adds up a run of neighbouring sequences.
+DEVICE_FN void find_part(Schedule& s, const MlaDecodeParams& p, int part) {
+  const int lane = threadIdx.x % 32, each = ceil_div(p.b, 32);
+  const int first = lane * each < p.b ? lane * each : p.b, last = first + each < p.b ? first + each : p.b;
+  int64_t units = 0;
+  for (int i = first; i < last; ++i) units += units_of(p, i);
+  int64_t through = units;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int64_t other = __shfl_up_sync(0xffffffffu, through, distance);
+    if (lane >= distance) through += other;
+  }
+  int64_t total = __shfl_sync(0xffffffffu, through, 31);
+  // Where a part has several pairs, what a piece costs beside them is counted too.
+  const int overhead = total > 4 * int64_t(p.parts) ? 1 : 0;
+  total += overhead * p.b;
+  const int parts = total < p.parts ? int(total) : p.parts;
+  const int64_t begin = part < parts ? total * part / parts : total;
+  const int64_t end = part < parts ? total * (part + 1) / parts : total;
+  if (lane == 0) s.total = total, s.begin = begin, s.end = end, s.parts = parts, s.overhead = overhead;
+  int64_t before = through - units + overhead * first;
+  if (begin < before || begin >= through + overhead * last) return;
+  for (int i = first; i < last; ++i) {
+    const int64_t after = before + units_of(p, i) + overhead;
+    if (begin < after) {
+      s.sequence = i, s.before = before;
+      return;
+    }
+    before = after;
+  }
+}
+
+// The pieces of a part: pairs [first, last) of `pairs` of a sequence.
+class Work {
+ public:
+  DEVICE_FN Work(const Schedule& s, const MlaDecodeParams& p)
+      : p_(p), begin_(s.begin), end_(s.end), overhead_(s.overhead) {
+    done_ = begin_ >= end_;
+    if (done_) return;
+    sequence = s.sequence, before_ = s.before;
+    find();
+  }
+  DEVICE_FN bool done() const { return done_; }
+  DEVICE_FN void next() {
+    step();
+    find();
+  }
+  DEVICE_FN bool begins() const { return first == 0; }
+  DEVICE_FN bool ends() const { return last == pairs; }
+  // How many parts after this one have pairs of the sequence.
+  DEVICE_FN int parts_after(const Schedule& s, int part) const {
+    return int(ceil_div((before_ + overhead_ + pairs) * s.parts, s.total)) - 1 - part;
+  }
+
+  int sequence, length, pairs, first, last;
+
+ private:
+  DEVICE_FN void step() {
+    before_ += overhead_ + (pairs > 0 ? pairs : 1);
+    ++sequence;
+  }
+  DEVICE_FN int cut(int64_t units) const {
+    const int64_t pair = units - before_ - overhead_;
+    return int(pair < 0 ? 0 : pair < pairs ? pair : pairs);
+  }
+  DEVICE_FN void find() {
+    for (; sequence < p_.b && before_ < end_; step()) {
+      length = length_of(p_, sequence);
+      pairs = ceil_div(length, kPair);
+      first = cut(begin_), last = cut(end_);
+      if (pairs > 0 ? first < last : begin_ <= before_) return;
+    }
+    done_ = true;
+  }
+  const MlaDecodeParams& p_;
+  int64_t begin_, end_, before_ = 0;
+  int overhead_;
+  bool done_;
+};
+
+DEVICE_FN int tiles_of(const MlaDecodeParams& p) { return ceil_div(p.rows, kRows); }
+
+// ---- loading ----
+
+struct Maps {
+  TensorMap q;   // [b, rows, 576]
+  TensorMap kv;  // [num_pages, page_size, 576]
+};
+
+DEVICE_FN void load_queries(Smem& s, const Maps& maps, int sequence, int row0) {
+  mbarrier_arrive_and_expect_tx(&s.q_full, kPanels * kPanelBytes);
+#pragma unroll 1
+  for (int panel = 0; panel < kPanels; ++panel)
+    tma_load_3d(s.q[panel], maps.q, &s.q_full, panel * 64, BUG(queries_of_first_tile) ? 0 : row0,
+                BUG(queries_of_first_sequence) ? 0 : sequence);
+}
+
+// By a whole warp, for one half of the panels of block `buffer` of every pair. Lane i fetches box i of a block.
+DEVICE_FN void load(Smem& s, const Maps& maps, const MlaDecodeParams& p, int buffer, int side, int row0) {
+  const int lane = threadIdx.x % 32, box = 1 << p.box_log2, boxes = kTokens >> p.box_log2;
+  const int first_panel = side == 0 ? 0 : kHalfPanels, last_panel = side == 0 ? kHalfPanels : kPanels;
+  uint32_t phase = 0, q_phase = 0;
+  for (Work work(s.schedule, p); !work.done(); work.next()) {
+    if (work.first == work.last) continue;
+    if (buffer == 0 && side == 0) {
+      if (!BUG(queries_overwritten)) mbarrier_wait(&s.q_empty, q_phase ^ 1);
+      if (lane == 0) load_queries(s, maps, work.sequence, row0);
+      q_phase ^= 1;
+    }
+    const int32_t* table = p.block_table + int64_t(work.sequence) * p.max_pages;
+    // Of this lane's box; -1 where there is none. A block table has entries to look at only up to the length.
+    auto page_of = [&](int pair) {
+      const int token = pair * kPair + buffer * kTokens + lane * box;
+      if (pair >= work.last || lane >= boxes || (token >= work.length && !BUG(table_read_past_the_length))) return -1;
+      const int page = __ldg(table + token / p.page_size);
+      return page < p.num_pages || BUG(pages_not_checked) ? page : -1;
+    };
+    int page = page_of(work.first);
+#pragma unroll 1
+    for (int pair = work.first; pair < work.last; ++pair) {
+      const int present = int(__ballot_sync(0xffffffffu, page >= 0)), here = page;
+      const int row = (pair * kPair + buffer * kTokens + lane * box) % p.page_size;
+      page = page_of(pair + 1);  // on its way while the buffer is awaited
+      if (!BUG(loaded_over_readers)) mbarrier_wait(&s.empty[buffer][side], phase ^ 1);
+      if (lane == 0) {
+        if (side == buffer) s.present[buffer] = present;
+        for (int panel = first_panel; panel < last_panel; ++panel)
+          mbarrier_arrive_and_expect_tx(&s.full[buffer][panel], kPanelBytes);
+      }
+      __syncwarp();
+      if (lane < boxes)
+        for (int panel = first_panel; panel < last_panel; ++panel)
+          tma_load_3d(s.kv[buffer][panel] + lane * box * 128, maps.kv, &s.full[buffer][panel], panel * 64, row, here);
+      phase ^= 1;
+    }
+  }
+}
+
+// ---- products ----
+
+// This thread's first row of the tile; it has that one and the eighth after it.
+DEVICE_FN int tile_row() { return int(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4); }
+
+// score = q k^T of block kGroup, as its panels arrive: own half first.
+template <int kGroup>
+DEVICE_FN void start_scores(Smem& s, uint32_t phase, float (&score)[kTokens / 2]) {
+  const uint64_t q = desc_k_b128(s.q), k = desc_k_b128(s.kv[kGroup]);
+  wgmma_fence(score);
+#pragma unroll
+  for (int i = 0; i < kPanels; ++i) {
+    const int panel = (i + kGroup * kHalfPanels) % kPanels, offset = panel * (kPanelBytes >> 4);
+    if (!BUG(keys_not_awaited)) mbarrier_wait(&s.full[kGroup][panel], phase);
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      wgmma_bf16<kTokens>(score, q + offset + step * 2, k + offset + step * 2, i + step != 0);
+  }
+  wgmma_commit();
+}
+
+using Weights = uint32_t[kTokens / 16][4];  // as wgmma takes A from registers: 16 tokens each
+
+// The values of half kGroup of a block.
+template <int kGroup>
+DEVICE_FN uint64_t values(Smem& s, int buffer) {
+  return desc_mn_b128(s.kv[buffer][kGroup * kHalfPanels], BUG(values_stride_halved) ? kPanelBytes / 2 : kPanelBytes);
+}
+constexpr int kValueStep = 16 * 128 >> 4;  // 16 tokens further
+
+template <int kGroup>
+DEVICE_FN void start_own(Smem& s, const Weights& weight, float (&out)[kLatent / 4]) {
+  const uint64_t v = values<kGroup>(s, kGroup);
+  wgmma_fence(out);
+#pragma unroll
+  for (int step = 0; step < kTokens / 16; ++step)
+    wgmma_bf16_rs<kLatent / 2, 1>(out, weight[step], v + step * kValueStep, 1);
+  wgmma_commit();
+}
+template <int kGroup>
+DEVICE_FN void start_other(Smem& s, const uint8_t* weights, float (&out)[kLatent / 4]) {
+  const uint64_t w = desc_k_b128(weights), v = values<kGroup>(s, 1 - kGroup);
+#pragma unroll
+  for (int step = 0; step < kTokens / 16; ++step)
+    wgmma_bf16<kLatent / 2, 0, 1>(out, w + step * 2, v + step * kValueStep, 1);
+  wgmma_commit();
+}
+
+template <class T>
+DEVICE_FN void pack(const float (&score)[kTokens / 2], Weights& weight) {
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; i += 2) weight[i / 8][i / 2 % 4] = to_word<T>(&score[i]);
+}
+// To 64 swizzled rows of 64 tokens, for the other warpgroup's product.
+DEVICE_FN void stage(uint8_t* weights, const Weights& weight) {
+  const int lane = threadIdx.x % 32;
+  const int row = int(threadIdx.x % kGroupThreads / 32) * 16 + lane % 16, byte = lane / 16 * 16;
+#pragma unroll
+  for (int step = 0; step < kTokens / 16; ++step)
+    stmatrix_x4(weights + (BUG(weights_not_swizzled) ? row * 128 + byte + step * 32
+                                                     : swizzled_offset(row, byte + step * 32, 128)),
+                weight[step][0], weight[step][1], weight[step][2], weight[step][3]);
+  if (!BUG(fence_proxy_async_missing)) fence_proxy_async();
+}
+
+// Zeros into rows [from, 64) of half kGroup of a block, by all of a warpgroup, whose products of it begin after this.
+template <int kGroup>
+DEVICE_FN void zero_rows(Smem& s, int buffer, int from) {
+  if (!BUG(zeroed_under_a_product)) named_barrier_sync(2 + kGroup, kGroupThreads);
+  const int thread = threadIdx.x % kGroupThreads;
+  uint8_t* const panel = s.kv[buffer][kGroup * kHalfPanels + thread / 32];
+  if (!BUG(values_past_the_end_kept))
+    for (int row = from + thread % 32 / 8; row < kTokens; row += 4)
+      *reinterpret_cast<uint4*>(panel + row * 128 + thread % 8 * 16) = make_uint4(0, 0, 0, 0);
+  fence_proxy_async();
+  if (!BUG(zeros_not_awaited)) named_barrier_sync(2 + kGroup, kGroupThreads);
+}
+
+// By a warp that has done all that the barrier stands for.
+DEVICE_FN void arrive(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
+// ---- softmax ----
+
+// Among the four threads that share a row.
+DEVICE_FN float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+DEVICE_FN float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <int kCount>
+DEVICE_FN void multiply_rows(float (&x)[kCount], const float (&by)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] *= by[i / 2 % 2];
+}
+
+// What a row sees of a sequence: tokens up to here.
+struct Ends {
+  int behind[2];   // tokens at a sequence's end that this thread's rows do not see
+  int most_behind;  // of any row of the tile
+};
+DEVICE_FN Ends find_ends(const MlaDecodeParams& p, int row0) {
+  Ends e;
+  auto behind = [&](int row) {
+    row = row < p.rows ? row : p.rows - 1;
+    return p.causal ? p.s_q - 1 - row / p.h_q : 0;
+  };
+  e.behind[0] = behind(row0 + tile_row()), e.behind[1] = behind(row0 + tile_row() + 8);
+  e.most_behind = BUG(mask_of_last_row) ? 0 : behind(row0);
+  return e;
+}
+
+// Scores of one block from `token0`, in base 2, -inf where they are not seen, and raises top[] to the largest.
+DEVICE_FN void scale_scores(float (&score)[kTokens / 2], float (&top)[2], const MlaDecodeParams& p, const Ends& ends,
+                            int length, int token0, int present) {
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) score[i] *= p.scale_log2;
+  const bool all_there = present == (1 << (kTokens >> p.box_log2)) - 1 || BUG(absent_pages_seen);
+  if (token0 + kTokens > length - ends.most_behind || !all_there) {
+    const int column = int(threadIdx.x) % 4 * 2;
+    const int end[2] = {length - ends.behind[0] - token0, length - ends.behind[1] - token0};
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + column + i % 2;
+      const bool there = present >> (token >> p.box_log2) & 1;
+      if (token >= end[i / 2 % 2] || !(there || BUG(absent_pages_seen))) score[i] = -INFINITY;
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    float largest = top[row];
+#pragma unroll
+    for (int i = 2 * row; i < kTokens / 2; i += 4) largest = fmaxf(largest, fmaxf(score[i], score[i + 1]));
+    top[row] = row_max(largest);
+  }
+}
+
+// score = exp2(score - top), and this thread's sum of it.
+DEVICE_FN void weigh(float (&score)[kTokens / 2], const float (&top)[2], float (&sum)[2]) {
+  sum[0] = sum[1] = 0.f;
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) {
+    score[i] = exp2_flushed(score[i] - top[i / 2 % 2]);
+    sum[i / 2 % 2] += score[i];
+  }
+}
+
+DEVICE_FN void publish(float2 (&scales)[kRows], const float (&top)[2], const float (&scale)[2]) {
+  if (threadIdx.x % 4) return;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) scales[tile_row() + row * 8] = make_float2(top[row], scale[row]);
+}
+
+// ---- the math warpgroups ----
+
+struct State {
+  float out[kLatent / 4];
+  float top[2], mass[2];  // mass: of this thread's columns of the blocks of this warpgroup
+};
+
+// Rows of the block from `token0` that are there but past the sequence's end.
+DEVICE_FN bool is_ragged(int length, int token0) { return length > token0 && length < token0 + kTokens; }
+
+template <class T>
+DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, int length, int token0, uint32_t phase,
+                           float (&score)[kTokens / 2], State& state) {
+  float older[2] = {state.top[0], state.top[1]}, scale[2], sum[2];
+  scale_scores(score, state.top, p, ends, length, token0, s.present[0]);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) scale[row] = exp2_flushed(older[row] - state.top[row]);
+  publish(s.scales[0], state.top, scale);
+  arrive(&s.scales_ready[0]);
+
+  Weights weight, scaled;
+  weigh(score, state.top, sum);
+  pack<T>(score, weight);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) state.mass[row] = state.mass[row] * scale[row] + sum[row];
+  if (is_ragged(length, token0)) zero_rows<0>(s, 0, length - token0);
+  multiply_rows(state.out, scale);
+  start_own<0>(s, weight, state.out);
+
+  if (!BUG(second_maximum_not_awaited)) mbarrier_wait(&s.scales_ready[1], phase);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float2 newer = s.scales[1][tile_row() + row * 8];
+    state.top[row] = newer.x, scale[row] = newer.y;
+  }
+  multiply_rows(score, scale);
+  pack<T>(score, scaled);
+  stage(s.kv[0][kRope], scaled);
+  arrive(&s.weights_ready[0]);
+
+  wgmma_wait<0>(state.out);
+  pin(weight);
+  arrive(&s.empty[0][0]);
+  multiply_rows(state.out, scale);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) state.mass[row] *= BUG(mass_not_scaled) ? 1.f : scale[row];
+  if (!BUG(second_weights_not_awaited)) mbarrier_wait(&s.weights_ready[1], phase);
+  if (is_ragged(length, token0 + kTokens)) zero_rows<0>(s, 1, length - token0 - kTokens);
+  wgmma_fence(state.out);
+  start_other<0>(s, s.weights, state.out);
+  wgmma_wait<0>(state.out);
+  arrive(&s.empty[1][0]);
+}
+
+template <class T>
+DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, int length, int token0, uint32_t phase,
+                            float (&score)[kTokens / 2], State& state) {
+  float own[2] = {kLowest, kLowest}, scale[2], both[2], sum[2];
+  scale_scores(score, own, p, ends, length, token0, s.present[1]);
+  if (!BUG(first_maximum_not_awaited)) mbarrier_wait(&s.scales_ready[0], phase);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float2 older = s.scales[0][tile_row() + row * 8];
+    state.top[row] = fmaxf(older.x, own[row]);
+    scale[row] = exp2_flushed(older.x - state.top[row]);
+    both[row] = older.y * (BUG(second_scale_forgotten) ? 1.f : scale[row]);
+  }
+  publish(s.scales[1], state.top, scale);
+  arrive(&s.scales_ready[1]);
+
+  Weights weight;
+  weigh(score, state.top, sum);
+  pack<T>(score, weight);
+  stage(s.weights, weight);
+  arrive(&s.weights_ready[1]);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) state.mass[row] = state.mass[row] * both[row] + sum[row];
+  if (is_ragged(length, token0)) zero_rows<1>(s, 1, length - token0);
+  if (is_ragged(length, token0 - kTokens)) zero_rows<1>(s, 0, length - token0 + kTokens);
+  multiply_rows(state.out, both);
+  start_own<1>(s, weight, state.out);
+
+  if (!BUG(first_weights_not_awaited)) mbarrier_wait(&s.weights_ready[0], phase);
+  start_other<1>(s, s.kv[0][kRope], state.out);
+  wgmma_wait<1>();
+  if (!BUG(half_never_released)) arrive(&s.empty[1][1]);
+  wgmma_wait<0>(state.out);
+  pin(weight);
+  arrive(&s.empty[0][1]);
+}
+
+// The columns of a piece's sums that this thread has: into `row` + 8 * i / 4, two at a time.
+template <class Store>
+DEVICE_FN void for_columns(const Store& store) {
+#pragma unroll
+  for (int i = 0; i < kLatent / 4; i += 2) store(i, i / 4 * 8 + int(threadIdx.x) % 4 * 2);
+}
+
+template <class T, int kGroup>
+DEVICE_FN void finish(Smem& s, const MlaDecodeParams& p, const Work& work, int part, int row0, State& state) {
+  // The next piece that has pairs makes both warpgroups meet before it writes here again.
+  const bool exchanges = work.first < work.last || BUG(empty_pieces_exchange);
+  if (exchanges) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      state.mass[row] = row_sum(state.mass[row]);
+      if (threadIdx.x % 4 == 0) s.mass[kGroup][tile_row() + row * 8] = state.mass[row];
+    }
+    if (!BUG(mass_not_awaited)) named_barrier_sync(1, kMathThreads);
+  }
+  const bool whole = work.begins() && work.ends();
+  const int64_t slot = work.begins() ? p.parts + part : part;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + tile_row() + half * 8, head = row % p.h_q, query = row / p.h_q;
+    if (row >= p.rows && !BUG(rows_unmasked)) continue;
+    const float mass = exchanges ? state.mass[half] + s.mass[1 - kGroup][tile_row() + half * 8] : 0.f;
+    const bool seen = mass != 0.f;  // NaN is seen
+    const float lse = seen ? state.top[half] + log2f(mass) : -INFINITY;  // base 2
+    float factor = seen ? 1.f / mass : 0.f;
+    const bool writes_lse = kGroup == 0 && threadIdx.x % 4 == 0;
+    if (whole) {
+      const float natural = lse * kLn2;
+      if (writes_lse) p.lse[int64_t(work.sequence) * p.rows + head * p.s_q + query] = natural;
+      if (p.sink != nullptr) factor *= share_of(natural, __ldg(p.sink + head));
+      T* const out = static_cast<T*>(p.out) + (int64_t(work.sequence) * p.rows + row) * kLatent + kGroup * kLatent / 2;
+      for_columns([&](int i, int column) {
+        if (i / 2 % 2 != half) return;
+        const float x[] = {seen ? state.out[i] * factor : 0.f, seen ? state.out[i + 1] * factor : 0.f};
+        *reinterpret_cast<uint32_t*>(out + column) = to_word<T>(x);
+      });
+    } else {
+      if (writes_lse) p.part_lse[slot * p.rows + row] = lse;
+      float* const out = p.part_out + (slot * p.rows + row) * kLatent + kGroup * kLatent / 2;
+      for_columns([&](int i, int column) {
+        if (i / 2 % 2 != half) return;
+        *reinterpret_cast<float2*>(out + column) =
+            seen ? make_float2(state.out[i] * factor, state.out[i + 1] * factor) : make_float2(0.f, 0.f);
+      });
+    }
+  }
+}
+
+template <class T, int kGroup>
+DEVICE_FN void attend(Smem& s, const MlaDecodeParams& p, int part, int row0) {
+  const Ends ends = find_ends(p, row0);
+  uint32_t phase = 0, q_phase = 0;
+  int head = -1, parts_after = 0;
+  for (Work work(s.schedule, p); !work.done(); work.next()) {
+    State state = {{}, {kLowest, kLowest}, {0.f, 0.f}};
+    if (work.first < work.last) {
+      if (!BUG(queries_not_awaited)) mbarrier_wait(&s.q_full, q_phase);
+      q_phase ^= 1;
+    }
+#pragma unroll 1
+    for (int pair = work.first; pair < work.last; ++pair) {
+      float score[kTokens / 2];
+      start_scores<kGroup>(s, phase, score);
+      wgmma_wait<0>(score);
+      if (pair == work.last - 1) arrive(&s.q_empty);
+      const int token0 = pair * kPair + kGroup * kTokens;
+      if constexpr (kGroup == 0) {
+        first_block<T>(s, p, ends, work.length, token0, phase, score, state);
+      } else {
+        second_block<T>(s, p, ends, work.length, token0, phase, score, state);
+      }
+      phase ^= BUG(phase_never_flipped) ? 0 : 1;
+    }
+    finish<T, kGroup>(s, p, work, part, row0, state);
+    if (work.begins() && !work.ends()) head = work.sequence, parts_after = work.parts_after(s.schedule, part);
+  }
+  if (kGroup == 0 && threadIdx.x == 0 && row0 == 0 && p.heads != nullptr)
+    p.heads[2 * part] = head, p.heads[2 * part + 1] = parts_after;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    kernel(const __grid_constant__ Maps maps, const __grid_constant__ MlaDecodeParams p) {
+  DYNAMIC_SMEM(raw_smem);
+  auto& s = *reinterpret_cast<Smem*>(raw_smem);
+  const int tiles = tiles_of(p), part = int(blockIdx.x) / tiles, row0 = int(blockIdx.x) % tiles * kRows;
+  // From lane 0, so that the compiler knows it to be the same in a whole warp.
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
+  if (warp == 0 && elect_one()) {
+    prefetch_tensor_map(maps.q), prefetch_tensor_map(maps.kv);
+    for (int block = 0; block < 2; ++block) {
+      for (int panel = 0; panel < kPanels; ++panel) {
+        mbarrier_init(&s.full[block][panel], 1);
+        debug_name(&s.full[block][panel], "full", block * kPanels + panel);
+      }
+      for (int side = 0; side < 2; ++side) {
+        mbarrier_init(&s.empty[block][side], 4);
+        debug_name(&s.empty[block][side], "empty", block * 2 + side);
+      }
+      mbarrier_init(&s.scales_ready[block], 4), debug_name(&s.scales_ready[block], "scales_ready", block);
+      mbarrier_init(&s.weights_ready[block], 4), debug_name(&s.weights_ready[block], "weights_ready", block);
+    }
+    mbarrier_init(&s.q_full, 1), debug_name(&s.q_full, "q_full", 0);
+    mbarrier_init(&s.q_empty, 8), debug_name(&s.q_empty, "q_empty", 0);
+    if (!BUG(fence_barrier_init_missing)) fence_barrier_init();
+  }
+  if (!BUG(dependency_wait_missing)) grid_dependency_wait();
+  if (warp == 1) find_part(s.schedule, p, part);
+  if (!BUG(syncthreads_missing)) __syncthreads();
+
+  if (warp / 4 == 2) {
+    reg_dec<40>();
+    load(s, maps, p, warp % 4 / 2, warp % 2, row0);
+    grid_dependency_launch();
+  } else {
+    reg_inc<232>();
+    if (warp / 4 == 0) {
+      attend<T, 0>(s, p, part, row0);
+    } else {
+      attend<T, 1>(s, p, part, row0);
+    }
+  }
+}
+
+}  // namespace deepseek_kernels::mla_decode
