@@ -1,8 +1,9 @@
-// out = sum_i 2^(lse_i - lse) part_i, lse = log2 sum_i 2^lse_i, over the pieces i of a sequence that several parts share
+// out = sum_i 2^(lse_i - lse) part_i, lse = log2 sum_i 2^lse_i, over the pieces i of a sequence that several parts
+// share
 //
 // Tiling:  CTA (part, row): the sequence that begins in a part and ends in a later one, one of its query rows; a thread
-//          has 4 of 512 columns. The first piece is in slot parts + part, the next ones in the slots of the parts after.
-//          Pieces are added up in order.
+//          has 4 of 512 columns. The first piece is in slot parts + part, the next ones in the slots of the parts
+//          after. Pieces are added up in order.
 // Bytes:   pieces * rows * (512 * 4 + 4) read, sequences * rows * (512 * 2 + 4) written, nearly all in L2.
 #pragma once
 #include "common/numeric.cuh"

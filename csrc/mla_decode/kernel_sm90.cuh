@@ -3,9 +3,10 @@
 // for the s_q * h_q query rows r of a sequence, and the rows j of its cache that r may see.
 //
 // Tiling:   64 query rows a CTA; the sums, 64 x 512 in fp32, are half of the registers of a multiprocessor, so there is
-//           one such tile on it, whose columns two math warpgroups share. Tokens come in pairs of blocks of 64, 0 and 1;
-//           both buffers of shared memory have rows of 576 as nine panels 64 wide. A block is loaded once: its rows are
-//           keys, and the same bytes seen MN-major are values. 72 KB of queries, twice 72 KB of cache, 8 KB of weights.
+//           one such tile on it, whose columns two math warpgroups share. Tokens come in pairs of blocks of 64, 0 and
+//           1; both buffers of shared memory have rows of 576 as nine panels 64 wide. A block is loaded once: its rows
+//           are keys, and the same bytes seen MN-major are values. 72 KB of queries, twice 72 KB of cache, 8 KB of
+//           weights.
 // Schedule: the pairs of all sequences, one after the other, are cut into equal parts, on the device, which alone knows
 //           the lengths. A part has a CTA for each tile of query rows; those run side by side and have the cache in
 //           common in L2. What a part has of a sequence is a piece. A piece that is a whole sequence is stored as the
@@ -62,7 +63,7 @@ struct Smem {
   alignas(1024) uint8_t q[kPanels][kPanelBytes];
   alignas(1024) uint8_t kv[2][kPanels][kPanelBytes];
   alignas(1024) uint8_t weights[kPanelBytes];  // of block 1; those of block 0 are in kv[0][kRope]
-  float2 scales[2][kRows];                     // by each warpgroup: the maximum, and what older sums are to be scaled by
+  float2 scales[2][kRows];  // by each warpgroup: the maximum, and what older sums are to be scaled by
   float mass[2][kRows];
   alignas(8) uint64_t full[2][kPanels];
   uint64_t empty[2][2];
@@ -223,11 +224,28 @@ DEVICE_FN void load(Smem& s, const Maps& maps, const MlaDecodeParams& p, int buf
 
 // ---- products ----
 
+template <class T, int N, int kTransB>
+DEVICE_FN void wgmma_16(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, int scale_d) {
+  if constexpr (std::is_same_v<T, __half>) {
+    wgmma_f16<N, 0, kTransB>(d, desc_a, desc_b, scale_d);
+  } else {
+    wgmma_bf16<N, 0, kTransB>(d, desc_a, desc_b, scale_d);
+  }
+}
+template <class T, int N, int kTransB>
+DEVICE_FN void wgmma_16_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
+  if constexpr (std::is_same_v<T, __half>) {
+    wgmma_f16_rs<N, kTransB>(d, a, desc_b, scale_d);
+  } else {
+    wgmma_bf16_rs<N, kTransB>(d, a, desc_b, scale_d);
+  }
+}
+
 // This thread's first row of the tile; it has that one and the eighth after it.
 DEVICE_FN int tile_row() { return int(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4); }
 
 // score = q k^T of block kGroup, as its panels arrive: own half first.
-template <int kGroup>
+template <class T, int kGroup>
 DEVICE_FN void start_scores(Smem& s, uint32_t phase, float (&score)[kTokens / 2]) {
   const uint64_t q = desc_k_b128(s.q), k = desc_k_b128(s.kv[kGroup]);
   wgmma_fence(score);
@@ -237,7 +255,7 @@ DEVICE_FN void start_scores(Smem& s, uint32_t phase, float (&score)[kTokens / 2]
     if (!BUG(keys_not_awaited)) mbarrier_wait(&s.full[kGroup][panel], phase);
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-      wgmma_bf16<kTokens>(score, q + offset + step * 2, k + offset + step * 2, i + step != 0);
+      wgmma_16<T, kTokens, 0>(score, q + offset + step * 2, k + offset + step * 2, i + step != 0);
   }
   wgmma_commit();
 }
@@ -251,21 +269,21 @@ DEVICE_FN uint64_t values(Smem& s, int buffer) {
 }
 constexpr int kValueStep = 16 * 128 >> 4;  // 16 tokens further
 
-template <int kGroup>
+template <class T, int kGroup>
 DEVICE_FN void start_own(Smem& s, const Weights& weight, float (&out)[kLatent / 4]) {
   const uint64_t v = values<kGroup>(s, kGroup);
   wgmma_fence(out);
 #pragma unroll
   for (int step = 0; step < kTokens / 16; ++step)
-    wgmma_bf16_rs<kLatent / 2, 1>(out, weight[step], v + step * kValueStep, 1);
+    wgmma_16_rs<T, kLatent / 2, 1>(out, weight[step], v + step * kValueStep, 1);
   wgmma_commit();
 }
-template <int kGroup>
+template <class T, int kGroup>
 DEVICE_FN void start_other(Smem& s, const uint8_t* weights, float (&out)[kLatent / 4]) {
   const uint64_t w = desc_k_b128(weights), v = values<kGroup>(s, 1 - kGroup);
 #pragma unroll
   for (int step = 0; step < kTokens / 16; ++step)
-    wgmma_bf16<kLatent / 2, 0, 1>(out, w + step * 2, v + step * kValueStep, 1);
+    wgmma_16<T, kLatent / 2, 1>(out, w + step * 2, v + step * kValueStep, 1);
   wgmma_commit();
 }
 
@@ -325,7 +343,7 @@ DEVICE_FN void multiply_rows(float (&x)[kCount], const float (&by)[2]) {
 
 // What a row sees of a sequence: tokens up to here.
 struct Ends {
-  int behind[2];   // tokens at a sequence's end that this thread's rows do not see
+  int behind[2];    // tokens at a sequence's end that this thread's rows do not see
   int most_behind;  // of any row of the tile
 };
 DEVICE_FN Ends find_ends(const MlaDecodeParams& p, int row0) {
@@ -407,7 +425,7 @@ DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, 
   for (int row = 0; row < 2; ++row) state.mass[row] = state.mass[row] * scale[row] + sum[row];
   if (is_ragged(length, token0)) zero_rows<0>(s, 0, length - token0);
   multiply_rows(state.out, scale);
-  start_own<0>(s, weight, state.out);
+  start_own<T, 0>(s, weight, state.out);
 
   if (!BUG(second_maximum_not_awaited)) mbarrier_wait(&s.scales_ready[1], phase);
 #pragma unroll
@@ -429,7 +447,7 @@ DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, 
   if (!BUG(second_weights_not_awaited)) mbarrier_wait(&s.weights_ready[1], phase);
   if (is_ragged(length, token0 + kTokens)) zero_rows<0>(s, 1, length - token0 - kTokens);
   wgmma_fence(state.out);
-  start_other<0>(s, s.weights, state.out);
+  start_other<T, 0>(s, s.weights, state.out);
   wgmma_wait<0>(state.out);
   arrive(&s.empty[1][0]);
 }
@@ -460,10 +478,10 @@ DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends,
   if (is_ragged(length, token0)) zero_rows<1>(s, 1, length - token0);
   if (is_ragged(length, token0 - kTokens)) zero_rows<1>(s, 0, length - token0 + kTokens);
   multiply_rows(state.out, both);
-  start_own<1>(s, weight, state.out);
+  start_own<T, 1>(s, weight, state.out);
 
   if (!BUG(first_weights_not_awaited)) mbarrier_wait(&s.weights_ready[0], phase);
-  start_other<1>(s, s.kv[0][kRope], state.out);
+  start_other<T, 1>(s, s.kv[0][kRope], state.out);
   wgmma_wait<1>();
   if (!BUG(half_never_released)) arrive(&s.empty[1][1]);
   wgmma_wait<0>(state.out);
@@ -497,7 +515,7 @@ DEVICE_FN void finish(Smem& s, const MlaDecodeParams& p, const Work& work, int p
     const int row = row0 + tile_row() + half * 8, head = row % p.h_q, query = row / p.h_q;
     if (row >= p.rows && !BUG(rows_unmasked)) continue;
     const float mass = exchanges ? state.mass[half] + s.mass[1 - kGroup][tile_row() + half * 8] : 0.f;
-    const bool seen = mass != 0.f;  // NaN is seen
+    const bool seen = mass != 0.f;                                       // NaN is seen
     const float lse = seen ? state.top[half] + log2f(mass) : -INFINITY;  // base 2
     float factor = seen ? 1.f / mass : 0.f;
     const bool writes_lse = kGroup == 0 && threadIdx.x % 4 == 0;
@@ -537,7 +555,7 @@ DEVICE_FN void attend(Smem& s, const MlaDecodeParams& p, int part, int row0) {
 #pragma unroll 1
     for (int pair = work.first; pair < work.last; ++pair) {
       float score[kTokens / 2];
-      start_scores<kGroup>(s, phase, score);
+      start_scores<T, kGroup>(s, phase, score);
       wgmma_wait<0>(score);
       if (pair == work.last - 1) arrive(&s.q_empty);
       const int token0 = pair * kPair + kGroup * kTokens;

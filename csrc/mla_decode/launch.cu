@@ -54,8 +54,9 @@ void launch_mla_decode(const MlaDecodeParams& params) {
   const bool scratch = p.part_out != nullptr && p.part_lse != nullptr && p.heads != nullptr;
   DSK_CHECK(p.parts >= 1 && (p.parts == 1 || scratch), "parts = ", p.parts, scratch ? "" : " without scratch");
   DSK_CHECK(p.parts * ceil_div<int64_t>(p.rows, kRows) < kLargest, "parts, rows = ", p.parts, ", ", p.rows);
-  DSK_CHECK(p.dtype == Dtype::kBf16, "dtype = ", int(p.dtype));
-  launch_dtype<__nv_bfloat16>(p);
+  if (p.dtype == Dtype::kBf16) return launch_dtype<__nv_bfloat16>(p);
+  if (p.dtype == Dtype::kFp16) return launch_dtype<__half>(p);
+  raise(__FILE__, __LINE__, "no instance for dtype ", int(p.dtype));
 }
 
 }  // namespace deepseek_kernels

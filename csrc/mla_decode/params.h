@@ -21,15 +21,15 @@ struct MlaDecodeParams {
   int64_t q_stride_b, q_stride_row, page_stride, row_stride;  // in elements
   float scale;
   bool causal;
-  Dtype dtype;  // kBf16
+  Dtype dtype;  // kBf16 or kFp16
   int parts;    // that the cached tokens of all sequences are shared out to; each has a CTA for every 64 query rows
   void* stream;
 
   // Made by the launcher.
-  int rows = 0;              // s_q * h_q
-  int capacity = 0;          // tokens that a row of the block table has room for
-  int box_log2 = 0;          // tokens that a TMA load fetches: the most that surely lie in one page, up to 64
-  float scale_log2 = 0.f;    // of scores in base 2
+  int rows = 0;            // s_q * h_q
+  int capacity = 0;        // tokens that a row of the block table has room for
+  int box_log2 = 0;        // tokens that a TMA load fetches: the most that surely lie in one page, up to 64
+  float scale_log2 = 0.f;  // of scores in base 2
 };
 
 void launch_mla_decode(const MlaDecodeParams& params);
