@@ -18,7 +18,7 @@ architectures: tuple[str, ...]
 cuda_version: int
 """CUDART_VERSION of the build, as in 13000; 0 without CUDA."""
 ops: tuple[str, ...]
-"""The functions below that were compiled in. `fp8_matmul` needs "90a" among the architectures."""
+"""The functions below that were compiled in. Some need "90a" among the architectures, as is said there."""
 
 fp8_matmul_instances: tuple[tuple[int, int, int, int, int, bool, int, int], ...]
 """What `fp8_matmul` was compiled for: (out_dtype, tile_m, tile_n, cluster_m, cluster_n, swap, cluster_k), and the
@@ -360,6 +360,47 @@ def fp8_grouped_matmul_wgrad(
     Needs grad_t, a_t 16-byte and d 8-byte aligned, ld_grad % 16 == 0, ld_a % 16 == 0, ldd, d_stride_e and k even,
     columns % 128 == 0 (16 where there is one expert). tile_m is of n, tile_n of k; `cluster_m`, `cluster_n`, `raster`
     and `ctas` as for `fp8_matmul`. Anything not among `fp8_grouped_matmul_wgrad_instances` raises.
+    """
+
+def mla_decode(
+    *,
+    q: int,
+    kv_cache: int,
+    block_table: int,
+    seqlens_kv: int,
+    sink: int,
+    out: int,
+    lse: int,
+    part_out: int,
+    part_lse: int,
+    heads: int,
+    b: int,
+    s_q: int,
+    h_q: int,
+    num_pages: int,
+    page_size: int,
+    max_pages: int,
+    q_stride_b: int,
+    q_stride_row: int,
+    page_stride: int,
+    row_stride: int,
+    scale: float,
+    causal: bool,
+    dtype: int,
+    parts: int,
+    stream: int,
+) -> None:
+    """Attention of q [b, s_q, h_q, 576] over kv_cache [num_pages, page_size, 576], which `deepseek_kernels.mla_decode`
+    describes; d_latent is 512 and `dtype` that of q, kv_cache and out, BF16 or FP16. Only there if "90a" is among the
+    architectures.
+
+    The s_q * h_q rows of a sequence's q lie `q_stride_row` apart; all rows of q and kv_cache begin at multiples of 16
+    bytes. page_size is a multiple of 8. `sink` may be 0. block_table int32 [b, max_pages], seqlens_kv int32 [b],
+    out [b, s_q, h_q, 512] and lse fp32 [b, h_q, s_q] are contiguous.
+
+    `parts` that the tokens of all sequences are cut into take a CTA for every 64 query rows each. Scratch, which may be
+    0 with one part: part_out fp32 [2 * parts, s_q * h_q, 512], part_lse fp32 [2 * parts, s_q * h_q], heads int32
+    [parts, 2].
     """
 
 class cpu:

@@ -24,9 +24,10 @@ def model():
 
 def run_decode(
     model, lengths, s_q=1, h_q=16, page_size=64, *, max_pages=None, causal=True, sink=None, parts=2, seed=0,
-    dtype=BF16, seqlens=None, absent=(), scale=576**-0.5, row_pad=0, page_pad=0, head_pad=0,
+    dtype=BF16, seqlens=None, absent=(), poisoned=None, no_pages=False, scale=576**-0.5, row_pad=0, page_pad=0,
+    head_pad=0,
 ):  # fmt: skip
-    """`absent`: (sequence, page) whose entry of the block table names no page."""
+    """`absent`: (sequence, page) whose entry of the block table names no page; `poisoned`: the query that is NaN."""
     g = torch.Generator().manual_seed(seed)
     b = len(lengths)
     max_pages = max_pages or max(1, -(-max(lengths, default=1) // page_size))
@@ -35,7 +36,11 @@ def run_decode(
         table[sequence, page] = (-1, len(cache), 2**31 - 1, -(2**31))[i % 4]
     if seqlens is not None:
         seqlens_kv = torch.tensor(seqlens, dtype=torch.int32)
+    if no_pages:
+        cache = cache[:0]
     q = (10 * torch.randn(b, s_q, h_q, 576, generator=g)).to(dtype)
+    if poisoned:
+        q[poisoned] = float("nan")
     expected = reference(q, cache, table, seqlens_kv, scale, causal, sink)
 
     guarded = harness.Guarded(model)
@@ -57,6 +62,156 @@ def run_decode(
         q_stride_row=q.stride(2), page_stride=cache.stride(0), row_stride=cache.stride(1), scale=scale, causal=causal,
         dtype=harness.DTYPES[dtype], parts=parts, stream=0,
     )  # fmt: skip
+    if poisoned:
+        return out, lse
     assert_close(out, expected[0], ATTENTION, "out")
     assert_close(lse, expected[1], LSE, "lse")
     return out, lse
+
+
+LENGTHS = {
+    "ragged": [37, 0, 300, 129],
+    "one_token": [1],
+    "whole_blocks": [64, 128, 192],
+    "nothing": [0, 0],
+    "one_long": [0, 700, 3],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_lengths_and_parts(model, lengths):
+    """Whole sequences, heads, tails and middles of them, and parts without work."""
+
+    def run(seed):
+        run_decode(model, lengths, 1 + seed % 3, (16, 5)[seed % 2], parts=(1, 2, 3, 7, 12)[seed % 5], seed=seed)
+
+    harness.under_every_schedule(run)
+
+
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 1), (1, 128), (2, 64), (2, 100), (3, 3)])
+def test_heads_and_queries(model, s_q, h_q):
+    """Tiles of queries that are full or not, and that hold the heads of several queries; sequences shorter than s_q."""
+
+    def run(seed):
+        sink = torch.randn(h_q, generator=torch.Generator().manual_seed(seed)) if seed % 2 else None
+        causal = seed % 3 > 0
+        run_decode(model, [2, 150, 66], s_q, h_q, parts=1 + seed % 3, causal=causal, sink=sink, head_pad=8, seed=seed)
+
+    harness.under_every_schedule(run, harness.SEEDS[:4])
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("page_size", [8, 16, 48, 64, 128, 192])
+def test_pages(model, page_size, dtype):
+    """Several loads a block, pages of several blocks, entries that name no page, rows and pages far apart."""
+
+    def run(seed):
+        run_decode(
+            model, [130, 40, 257], 2, 3, page_size, parts=1 + seed % 2 * 3, dtype=dtype, max_pages=40,
+            absent=[(0, 0), (2, 1), (2, 257 // page_size - 1)], row_pad=seed % 2 * 8, page_pad=seed % 3 * 64, seed=seed,
+        )  # fmt: skip
+
+    harness.under_every_schedule(run, harness.SEEDS[:4])
+
+
+def test_more_sequences_than_lanes(model):
+    """Many short ones and a long one: a run of them for each lane that adds up, several whole ones in a part."""
+    g = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in torch.randint(0, 9, (70,), generator=g)]
+    lengths[40] = 1000
+    for seed in harness.SEEDS[:2]:
+        model.configure(seed=seed)
+        run_decode(model, lengths, 1, 2, page_size=16, parts=(5, 40)[seed % 2], seed=seed)
+
+
+def test_sinks_and_scales_without_bound(model):
+    inf = float("inf")
+    model.configure(seed=1)
+    run_decode(model, [70, 300], 1, 4, parts=3, sink=torch.tensor([-inf, inf, 100.0, -100.0]))
+    for scale in (0.0, -0.05, 5.0):
+        run_decode(model, [70, 300], 1, 4, parts=3, scale=scale)
+
+
+def test_nan_stays_in_its_row(model):
+    """A query that is NaN gives NaN, and only there."""
+    model.configure(seed=1)
+    out, lse = run_decode(model, [70, 300], 1, 4, parts=3, poisoned=(1, 0, 2))
+    bad = torch.zeros(2, 1, 4, dtype=torch.bool)
+    bad[1, 0, 2] = True
+    assert torch.equal(out.isnan().all(-1), bad) and torch.equal(out.isnan().any(-1), bad)
+    assert torch.equal(lse.isnan(), bad.transpose(1, 2))
+
+
+def test_lengths_out_of_range(model):
+    for seed in harness.SEEDS[:2]:
+        model.configure(seed=seed)
+        run_decode(model, [128, 64, 0], 1, 4, parts=3, max_pages=2, seqlens=[2**31 - 1, 64, -(2**31)], seed=seed)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_the_same_bits_under_every_schedule(model, parts):
+    first = None
+    for seed in harness.SEEDS[:4]:
+        model.configure(seed=seed)
+        got = run_decode(model, [37, 300], 2, 16, parts=parts)
+        first = first or got
+        assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True))
+
+
+def test_refusals(model):
+    model.configure()
+    with pytest.raises(RuntimeError, match="page_size = 12"):
+        run_decode(model, [5], page_size=12)
+    with pytest.raises(RuntimeError, match="parts = 0"):
+        run_decode(model, [5], parts=0)
+    with pytest.raises(RuntimeError, match="no instance for dtype 0"):
+        run_decode(model, [5], dtype=torch.float32)
+
+
+def test_no_pages_and_no_queries(model):
+    model.configure()
+    run_decode(model, [0, 0], no_pages=True)
+    run_decode(model, [5], h_q=0)
+    run_decode(model, [], h_q=4)
+
+
+BUGS = {
+    "absent_pages_seen": dict(absent=[(0, 2), (0, 4)]),
+    "dependency_wait_missing": {},
+    "empty_pieces_exchange": dict(lengths=[65, 0, 0, 40, 0], parts=1),
+    "fence_barrier_init_missing": {},
+    "fence_proxy_async_missing": {},
+    "first_maximum_not_awaited": {},
+    "first_weights_not_awaited": {},
+    "half_never_released": {},
+    "keys_not_awaited": {},
+    "length_not_clamped": dict(lengths=[128, 64], max_pages=2, seqlens=[300, 64]),
+    "loaded_over_readers": {},
+    "mask_of_last_row": dict(lengths=[128], s_q=2),
+    "mass_not_awaited": {},
+    "mass_not_scaled": {},
+    "merge_does_not_wait": {},
+    "pages_not_checked": dict(absent=[(0, 1), (0, 2)]),
+    "phase_never_flipped": {},
+    "queries_not_awaited": {},
+    "queries_of_first_sequence": {},
+    "queries_of_first_tile": dict(h_q=100),
+    "queries_overwritten": dict(parts=1),
+    "rows_unmasked": {},
+    "second_maximum_not_awaited": {},
+    "second_scale_forgotten": {},
+    "second_weights_not_awaited": {},
+    "syncthreads_missing": {},
+    "table_read_past_the_length": dict(lengths=[300, 60]),
+    "values_past_the_end_kept": {},
+    "values_stride_halved": {},
+    "weights_not_swizzled": {},
+    "zeroed_under_a_product": {},
+    "zeros_not_awaited": {},
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bugs_of_mla_decode(model, bug):
+    options = dict(lengths=[300, 60], h_q=4, parts=2) | BUGS[bug]
+    harness.assert_caught(lambda: run_decode(model, **options), bug)
