@@ -121,10 +121,8 @@ def _queries_in_rows(q: torch.Tensor) -> tuple[torch.Tensor, int]:
     row = of_h if h_q > 1 else of_s if s_q > 1 else width
     equal = h_q == 1 or s_q == 1 or of_s == h_q * of_h
     apart = row >= width and (b == 1 or of_b >= s_q * h_q * row)
-    aligned = (
-        all(n * q.element_size() % plan.ALIGNMENT == 0 for n in (row, of_b)) and q.data_ptr() % plan.ALIGNMENT == 0
-    )
-    if last == 1 and equal and apart and aligned:
+    places = (q.data_ptr(), row * q.element_size(), of_b * q.element_size() if b > 1 else 0)
+    if last == 1 and equal and apart and all(place % plan.ALIGNMENT == 0 for place in places):
         return q, row
     return q.clone(memory_format=torch.contiguous_format), width
 

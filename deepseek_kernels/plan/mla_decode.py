@@ -10,8 +10,8 @@ from .backend import Environment, cpu_reason, cpu_reference_reason, cuda_reason,
 
 @dataclass(frozen=True)
 class Problem:
-    """`s_kv`: cached tokens of every sequence; the op, which may not look, puts max_pages * page_size. `aligned`: whether
-    all rows of the cache begin at multiples of 16 bytes."""
+    """`s_kv`: cached tokens of every sequence; the op, which may not look, puts max_pages * page_size.
+    `aligned`: whether all rows of the cache begin at multiples of 16 bytes."""
 
     b: int
     s_q: int
