@@ -175,6 +175,23 @@ def test_the_weight_gradient_uses_the_hopper_units():
         assert ("UTMALDG.2D.MULTICAST" in kernel.sass) == (cluster_m + cluster_n != "11"), name
 
 
+def test_mla_decode_uses_the_hopper_units():
+    """Scores 64 x 64, sums 64 x 256 with weights from registers and from shared memory; a wait only where it is written
+    (the compiler adds one to every product that it runs by itself)."""
+    kernels, _ = compile_kernels("mla_decode", "90a")
+    attends = {name: kernel for name, kernel in kernels.items() if "merge" not in name}
+    assert len(attends) == 2 and len(kernels) == 4
+    for name, kernel in attends.items():
+        for unit in ("UTMALDG.3D", "USETMAXREG", "STSM.16.M88", "ACQBULK", "PREEXIT", "MUFU.EX2"):
+            assert unit in kernel.sass, f"{unit} in {name}"
+        products = re.findall(r"\bHGMMA\.(\w+)", kernel.sass)
+        assert (products.count("64x64x16"), products.count("64x256x16")) == (2 * 36, 2 * 8), name
+        assert kernel.sass.count("WARPGROUP.DEPBAR") == 6, name
+    for name, kernel in kernels.items():
+        assert not re.search(r"(?<![.\w])(RED|ATOMG?)\.", kernel.sass), f"an atomic in {name}"
+        assert name in attends or ("ACQBULK" in kernel.sass and re.search(r"\bLDG\.E\.128", kernel.sass)), name
+
+
 def test_the_generated_wgmma_is_up_to_date():
     generator = harness.ROOT / "csrc/common/gen_wgmma.py"
     printed = subprocess.run([sys.executable, generator], capture_output=True, text=True, check=True).stdout

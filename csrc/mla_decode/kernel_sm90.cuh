@@ -340,6 +340,10 @@ DEVICE_FN void multiply_rows(float (&x)[kCount], const float (&by)[2]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) x[i] *= by[i / 2 % 2];
 }
+// The same of a piece's sums. After the first blocks a new maximum is rare.
+DEVICE_FN void rescale(float (&out)[kLatent / 4], const float (&by)[2]) {
+  if (__any_sync(0xffffffffu, by[0] != 1.f || by[1] != 1.f)) multiply_rows(out, by);
+}
 
 // What a row sees of a sequence: tokens up to here.
 struct Ends {
@@ -424,7 +428,7 @@ DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, 
 #pragma unroll
   for (int row = 0; row < 2; ++row) state.mass[row] = state.mass[row] * scale[row] + sum[row];
   if (is_ragged(length, token0)) zero_rows<0>(s, 0, length - token0);
-  multiply_rows(state.out, scale);
+  rescale(state.out, scale);
   start_own<T, 0>(s, weight, state.out);
 
   if (!BUG(second_maximum_not_awaited)) mbarrier_wait(&s.scales_ready[1], phase);
@@ -441,7 +445,7 @@ DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, 
   wgmma_wait<0>(state.out);
   pin(weight);
   arrive(&s.empty[0][0]);
-  multiply_rows(state.out, scale);
+  rescale(state.out, scale);
 #pragma unroll
   for (int row = 0; row < 2; ++row) state.mass[row] *= BUG(mass_not_scaled) ? 1.f : scale[row];
   if (!BUG(second_weights_not_awaited)) mbarrier_wait(&s.weights_ready[1], phase);
@@ -477,7 +481,7 @@ DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends,
   for (int row = 0; row < 2; ++row) state.mass[row] = state.mass[row] * both[row] + sum[row];
   if (is_ragged(length, token0)) zero_rows<1>(s, 1, length - token0);
   if (is_ragged(length, token0 - kTokens)) zero_rows<1>(s, 0, length - token0 + kTokens);
-  multiply_rows(state.out, both);
+  rescale(state.out, both);
   start_own<T, 1>(s, weight, state.out);
 
   if (!BUG(first_weights_not_awaited)) mbarrier_wait(&s.weights_ready[0], phase);
@@ -489,11 +493,12 @@ DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends,
   arrive(&s.empty[0][1]);
 }
 
-// The columns of a piece's sums that this thread has: into `row` + 8 * i / 4, two at a time.
+// store(i, column) for the sums i, i + 1 of one of this thread's two rows, column being without the thread's own 2 *
+// 0..3.
 template <class Store>
-DEVICE_FN void for_columns(const Store& store) {
+DEVICE_FN void for_columns(int half, const Store& store) {
 #pragma unroll
-  for (int i = 0; i < kLatent / 4; i += 2) store(i, i / 4 * 8 + int(threadIdx.x) % 4 * 2);
+  for (int i = 0; i < kLatent / 4; i += 4) store(i + 2 * half, 2 * i);
 }
 
 template <class T, int kGroup>
@@ -510,6 +515,7 @@ DEVICE_FN void finish(Smem& s, const MlaDecodeParams& p, const Work& work, int p
   }
   const bool whole = work.begins() && work.ends();
   const int64_t slot = work.begins() ? p.parts + part : part;
+  const int column0 = kGroup * kLatent / 2 + int(threadIdx.x) % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row0 + tile_row() + half * 8, head = row % p.h_q, query = row / p.h_q;
@@ -523,17 +529,15 @@ DEVICE_FN void finish(Smem& s, const MlaDecodeParams& p, const Work& work, int p
       const float natural = lse * kLn2;
       if (writes_lse) p.lse[int64_t(work.sequence) * p.rows + head * p.s_q + query] = natural;
       if (p.sink != nullptr) factor *= share_of(natural, __ldg(p.sink + head));
-      T* const out = static_cast<T*>(p.out) + (int64_t(work.sequence) * p.rows + row) * kLatent + kGroup * kLatent / 2;
-      for_columns([&](int i, int column) {
-        if (i / 2 % 2 != half) return;
+      T* const out = static_cast<T*>(p.out) + (int64_t(work.sequence) * p.rows + row) * kLatent + column0;
+      for_columns(half, [&](int i, int column) {
         const float x[] = {seen ? state.out[i] * factor : 0.f, seen ? state.out[i + 1] * factor : 0.f};
         *reinterpret_cast<uint32_t*>(out + column) = to_word<T>(x);
       });
     } else {
       if (writes_lse) p.part_lse[slot * p.rows + row] = lse;
-      float* const out = p.part_out + (slot * p.rows + row) * kLatent + kGroup * kLatent / 2;
-      for_columns([&](int i, int column) {
-        if (i / 2 % 2 != half) return;
+      float* const out = p.part_out + (slot * p.rows + row) * kLatent + column0;
+      for_columns(half, [&](int i, int column) {
         *reinterpret_cast<float2*>(out + column) =
             seen ? make_float2(state.out[i] * factor, state.out[i + 1] * factor) : make_float2(0.f, 0.f);
       });
