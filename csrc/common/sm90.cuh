@@ -210,7 +210,8 @@ DEVICE_FN void pin(float (&d)[R]) {
   (void)d;
 #endif
 }
-// Names registers that wgmma took as A from, after the wait: until then they may not be used for anything else.
+// The same of registers that wgmma takes A from: before wgmma_fence, for they are to be written by then, and after the
+// wait, until when they may not be used for anything else.
 template <int R>
 DEVICE_FN void pin(uint32_t (&a)[R][4]) {
 #if defined(__CUDACC__)

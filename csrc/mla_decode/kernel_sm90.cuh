@@ -270,8 +270,9 @@ DEVICE_FN uint64_t values(Smem& s, int buffer) {
 constexpr int kValueStep = 16 * 128 >> 4;  // 16 tokens further
 
 template <class T, int kGroup>
-DEVICE_FN void start_own(Smem& s, const Weights& weight, float (&out)[kLatent / 4]) {
+DEVICE_FN void start_own(Smem& s, Weights& weight, float (&out)[kLatent / 4]) {
   const uint64_t v = values<kGroup>(s, kGroup);
+  pin(weight);
   wgmma_fence(out);
 #pragma unroll
   for (int step = 0; step < kTokens / 16; ++step)

@@ -379,6 +379,27 @@ __global__ void wgmma_16bit(uint8_t* out, const __grid_constant__ TensorMap map_
   write_fragment(out, d);
 }
 
+// As mla_decode reads values: B stored as [k][n], four blocks of 64 n beside each other.
+__global__ void wgmma_wide(uint8_t* out, const __grid_constant__ TensorMap map_a,
+                           const __grid_constant__ TensorMap map_b) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_and_expect_tx(&s.bar[0], 5 * 64 * 128);
+    tma_load_2d(s.a, map_a, &s.bar[0], 0, 0);
+    for (int block = 0; block < 4; ++block) tma_load_2d(s.b + block * 64 * 128, map_b, &s.bar[0], block * 64, 0);
+  }
+  mbarrier_wait(&s.bar[0], 0);
+  float d[128] = {};
+  wgmma_fence(d);
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    wgmma_bf16<256, 0, 1>(d, desc_k_b128(s.a) + k * 2, desc_mn_b128(s.b, 64 * 128) + k * (16 * 128 >> 4), 1);
+  wgmma_commit();
+  wgmma_wait<0>(d);
+  write_fragment(out, d);
+}
+
 DEVICE_FN float bf16_of(int pattern) { return __uint_as_float(uint32_t(pattern) << 16); }
 
 __global__ void e4m3_of_every_bf16(uint8_t* out) {
@@ -501,6 +522,10 @@ void run_all() {
   record("wgmma_bf16", wgmma_16bit<__nv_bfloat16, false, 0>, 1, 128, 1, map_c, map_d);
   record("wgmma_bf16_b_mn_major", wgmma_16bit<__nv_bfloat16, false, 1>, 1, 128, 1, map_c, map_d);
   record("wgmma_bf16_a_in_registers", wgmma_16bit<__nv_bfloat16, true, 0>, 1, 128, 1, map_c, map_d);
+  Buffer<__nv_bfloat16> wide(64 * 256);
+  for (size_t i = 0; i < wide.size(); ++i) wide[i] = __float2bfloat16_rn(values[(i * 3 + i / 256 + i / 7) % 8]);
+  record("wgmma_bf16_b_mn_major_256", wgmma_wide, 1, 128, 1, map_c,
+         map_of(Element::kBf16, wide.data(), 256, 64, 64, 64, Swizzle::k128));
   const TensorMap map_e = map_16bit(e.data()), map_f = map_16bit(f.data());
   record("wgmma_f16", wgmma_16bit<__half, false, 0>, 1, 128, 1, map_e, map_f);
   record("wgmma_f16_b_mn_major", wgmma_16bit<__half, false, 1>, 1, 128, 1, map_e, map_f);
