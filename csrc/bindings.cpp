@@ -353,7 +353,7 @@ void bind_mla_decode(py::module_& m) {
       [](address q, address kv_cache, address block_table, address seqlens_kv, address sink, address out, address lse,
          address part_out, address part_lse, address heads, int b, int s_q, int h_q, int num_pages, int page_size,
          int max_pages, int64_t q_stride_b, int64_t q_stride_row, int64_t page_stride, int64_t row_stride, float scale,
-         bool causal, int dtype, int parts, address stream) {
+         bool causal, int dtype, int parts, int cluster, address stream) {
         launch_mla_decode({at<void>(q),
                            at<void>(kv_cache),
                            at<int32_t>(block_table),
@@ -378,12 +378,13 @@ void bind_mla_decode(py::module_& m) {
                            causal,
                            Dtype(dtype),
                            parts,
+                           cluster,
                            at<void>(stream)});
       },
       kw_only(), "q"_a, "kv_cache"_a, "block_table"_a, "seqlens_kv"_a, "sink"_a, "out"_a, "lse"_a, "part_out"_a,
       "part_lse"_a, "heads"_a, "b"_a, "s_q"_a, "h_q"_a, "num_pages"_a, "page_size"_a, "max_pages"_a, "q_stride_b"_a,
-      "q_stride_row"_a, "page_stride"_a, "row_stride"_a, "scale"_a, "causal"_a, "dtype"_a, "parts"_a, "stream"_a,
-      release_gil());
+      "q_stride_row"_a, "page_stride"_a, "row_stride"_a, "scale"_a, "causal"_a, "dtype"_a, "parts"_a, "cluster"_a,
+      "stream"_a, release_gil());
 }
 #endif
 #endif

@@ -388,6 +388,7 @@ def mla_decode(
     causal: bool,
     dtype: int,
     parts: int,
+    cluster: int,
     stream: int,
 ) -> None:
     """Attention of q [b, s_q, h_q, 576] over kv_cache [num_pages, page_size, 576], which `deepseek_kernels.mla_decode`
@@ -398,9 +399,9 @@ def mla_decode(
     bytes. page_size is a multiple of 8. `sink` may be 0. block_table int32 [b, max_pages], seqlens_kv int32 [b],
     out [b, s_q, h_q, 512] and lse fp32 [b, h_q, s_q] are contiguous.
 
-    `parts` that the tokens of all sequences are cut into take a CTA for every 64 query rows each. Scratch, which may be
-    0 with one part: part_out fp32 [2 * parts, s_q * h_q, 512], part_lse fp32 [2 * parts, s_q * h_q], heads int32
-    [parts, 2].
+    `parts` that the tokens of all sequences are cut into take a CTA for every 64 query rows each; `cluster` of these, 1
+    or 2, fetch the cache together, 2 only if there is an even number for a part. Scratch, which may be 0 with one
+    part: part_out fp32 [2 * parts, s_q * h_q, 512], part_lse fp32 [2 * parts, s_q * h_q], heads int32 [parts, 2].
     """
 
 class cpu:

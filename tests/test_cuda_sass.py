@@ -180,13 +180,16 @@ def test_mla_decode_uses_the_hopper_units():
     (the compiler adds one to every product that it runs by itself)."""
     kernels, _ = compile_kernels("mla_decode", "90a")
     attends = {name: kernel for name, kernel in kernels.items() if "merge" not in name}
-    assert len(attends) == 2 and len(kernels) == 4
+    assert len(attends) == 4 and len(kernels) == 6
     for name, kernel in attends.items():
         for unit in ("UTMALDG.3D", "USETMAXREG", "STSM.16.M88", "ACQBULK", "PREEXIT", "MUFU.EX2"):
             assert unit in kernel.sass, f"{unit} in {name}"
+        assert ("UTMALDG.3D.MULTICAST" in kernel.sass) == ("Li2EEE" in name), name
         products = re.findall(r"\bHGMMA\.(\w+)", kernel.sass)
         assert (products.count("64x64x16"), products.count("64x256x16")) == (2 * 36, 2 * 8), name
         assert kernel.sass.count("WARPGROUP.DEPBAR") == 6, name
+        # fences of the whole GPU's memory only where a cluster begins and ends
+        assert kernel.sass.count("MEMBAR.ALL.GPU") == (2 if "Li2EEE" in name else 0), name
     for name, kernel in kernels.items():
         assert not re.search(r"(?<![.\w])(RED|ATOMG?)\.", kernel.sass), f"an atomic in {name}"
         assert name in attends or ("ACQBULK" in kernel.sass and re.search(r"\bLDG\.E\.128", kernel.sass)), name

@@ -298,13 +298,17 @@ def test_queries_are_copied_only_where_tma_cannot_fetch_them():
 
 
 @pytest.mark.parametrize(
-    ("s_q", "h_q", "parts"), [(1, 16, 132), (1, 128, 66), (2, 128, 33), (1, 100, 66), (80, 128, 1)]
+    ("s_q", "h_q", "parts", "clusters"),
+    [(1, 16, 132, [1]), (1, 128, 66, [1, 2]), (2, 128, 33, [1, 2]), (3, 64, 44, [1]), (80, 128, 1, [1, 2])],
 )
-def test_plan_of_the_hopper_kernel(s_q, h_q, parts):
-    """A CTA for every multiprocessor; no more parts than there are pairs of blocks."""
-    assert plan.select(plan.Problem(128, s_q, h_q, 4096), H200, "cuda") == plan.CudaConfig(parts)
-    assert plan.select(plan.Problem(1, s_q, h_q, 1000), H200, "cuda") == plan.CudaConfig(min(parts, 8))
+def test_plan_of_the_hopper_kernel(s_q, h_q, parts, clusters):
+    """A CTA for every multiprocessor; no more parts than there are pairs of blocks; clusters of whole tiles."""
+    many, few = plan.Problem(128, s_q, h_q, 4096), plan.Problem(1, s_q, h_q, 1000)
+    assert list(plan.candidates(many, H200, "cuda")) == [plan.CudaConfig(parts, c) for c in clusters]
+    assert plan.select(many, H200, "cuda") in plan.candidates(many, H200, "cuda")
+    assert plan.select(few, H200, "cuda").parts == min(parts, 8)
     assert plan.select(plan.Problem(0, s_q, h_q, 0), H200, "cuda").parts == 1
+    assert "for 1 tiles" in plan.is_legal(plan.CudaConfig(1, 2), plan.Problem(1, 1, 64, 64), H200)
 
 
 def test_cost_of_the_hopper_kernel():
@@ -329,11 +333,14 @@ def test_the_hopper_kernel_at_real_sizes(b, s_q, h_q, page_size, dtype):
     with deepseek_kernels.use_backend("cuda"):
         if deepseek_kernels.explain("mla_decode", q, cache, table, seqlens, SCALE).backend is None:
             pytest.skip("no cuda backend here")
-    for given in (None, sink):
-        first = decode("cuda", q, cache, table, seqlens, sink=given)
-        check(first, decode("reference", q, cache, table, seqlens, sink=given))
-        for actual, expected in zip(decode("cuda", q, cache, table, seqlens, sink=given), first, strict=True):
-            assert_same_bits(actual, expected)
+    problem = op._problem(q, cache, table, seqlens, SCALE, True, None)
+    for config in plan.candidates(problem, H200, "cuda"):
+        for given in (None, sink):
+            first = op._cuda(config, q, cache, table, seqlens, SCALE, True, given)
+            check(first, decode("reference", q, cache, table, seqlens, sink=given))
+            again = op._cuda(config, q, cache, table, seqlens, SCALE, True, given)
+            for actual, expected in zip(again, first, strict=True):
+                assert_same_bits(actual, expected)
 
 
 def test_automatic_choice():

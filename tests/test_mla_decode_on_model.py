@@ -24,8 +24,8 @@ def model():
 
 def run_decode(
     model, lengths, s_q=1, h_q=16, page_size=64, *, max_pages=None, causal=True, sink=None, parts=2, seed=0,
-    dtype=BF16, seqlens=None, absent=(), poisoned=None, no_pages=False, scale=576**-0.5, row_pad=0, page_pad=0,
-    head_pad=0,
+    dtype=BF16, seqlens=None, absent=(), poisoned=None, no_pages=False, cluster=1, scale=576**-0.5, row_pad=0,
+    page_pad=0, head_pad=0,
 ):  # fmt: skip
     """`absent`: (sequence, page) whose entry of the block table names no page; `poisoned`: the query that is NaN."""
     g = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def run_decode(
         part_out=part_out.data_ptr(), part_lse=part_lse.data_ptr(), heads=heads.data_ptr(), b=b, s_q=s_q, h_q=h_q,
         num_pages=len(cache), page_size=page_size, max_pages=table.shape[1], q_stride_b=q.stride(0),
         q_stride_row=q.stride(2), page_stride=cache.stride(0), row_stride=cache.stride(1), scale=scale, causal=causal,
-        dtype=harness.DTYPES[dtype], parts=parts, stream=0,
+        dtype=harness.DTYPES[dtype], parts=parts, cluster=cluster, stream=0,
     )  # fmt: skip
     if poisoned:
         return out, lse
@@ -96,6 +96,19 @@ def test_heads_and_queries(model, s_q, h_q):
         sink = torch.randn(h_q, generator=torch.Generator().manual_seed(seed)) if seed % 2 else None
         causal = seed % 3 > 0
         run_decode(model, [2, 150, 66], s_q, h_q, parts=1 + seed % 3, causal=causal, sink=sink, head_pad=8, seed=seed)
+
+    harness.under_every_schedule(run, harness.SEEDS[:4])
+
+
+@pytest.mark.parametrize(("s_q", "h_q", "page_size"), [(1, 128, 64), (2, 50, 16), (1, 256, 192)])
+def test_clusters(model, s_q, h_q, page_size):
+    """Two CTAs that fetch every block together, one half of its rows each; the same bits as when each fetches all."""
+
+    def run(seed):
+        options = dict(parts=1 + seed % 3, absent=[(0, 1)], seed=seed)
+        apart = run_decode(model, [300, 0, 70], s_q, h_q, page_size, **options)
+        together = run_decode(model, [300, 0, 70], s_q, h_q, page_size, cluster=2, **options)
+        assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
     harness.under_every_schedule(run, harness.SEEDS[:4])
 
@@ -164,6 +177,9 @@ def test_refusals(model):
         run_decode(model, [5], page_size=12)
     with pytest.raises(RuntimeError, match="parts = 0"):
         run_decode(model, [5], parts=0)
+    for cluster, h_q in ((0, 128), (2, 64), (3, 128)):
+        with pytest.raises(RuntimeError, match=f"cluster = {cluster} for {h_q // 64} tiles"):
+            run_decode(model, [5], h_q=h_q, cluster=cluster)
     with pytest.raises(RuntimeError, match="no instance for dtype 0"):
         run_decode(model, [5], dtype=torch.float32)
 
@@ -184,6 +200,9 @@ BUGS = {
     "first_maximum_not_awaited": {},
     "first_weights_not_awaited": {},
     "half_never_released": {},
+    "last_cluster_sync_missing": dict(h_q=128, cluster=2),
+    "multicast_to_self_only": dict(h_q=128, cluster=2),
+    "released_to_self_only": dict(h_q=128, cluster=2),
     "keys_not_awaited": {},
     "length_not_clamped": dict(lengths=[128, 64], max_pages=2, seqlens=[300, 64]),
     "loaded_over_readers": {},

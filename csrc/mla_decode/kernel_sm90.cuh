@@ -9,8 +9,9 @@
 //           weights.
 // Schedule: the pairs of all sequences, one after the other, are cut into equal parts, on the device, which alone knows
 //           the lengths. A part has a CTA for each tile of query rows; those run side by side and have the cache in
-//           common in L2. What a part has of a sequence is a piece. A piece that is a whole sequence is stored as the
-//           result, any other as a partial one, of which a part has at most two; kernel_merge.cuh adds those up.
+//           common in L2, or two of them in a cluster, where each fetches half of the rows of a block for both. What a
+//           part has of a sequence is a piece. A piece that is a whole sequence is stored as the result, any other as a
+//           partial one, of which a part has at most two; kernel_merge.cuh adds those up.
 // Pipeline: warpgroup g has the scores of block g, and half g (0: left, 1: right) of the columns of all sums. A pair:
 //
 //             warpgroup 0                                        warpgroup 1
@@ -24,10 +25,10 @@
 //           so that each one's softmax runs under the other one's products. P0 lies where K0's last panel was (the
 //           rotary part, which is no value), P1 in a place of its own.
 //             who                    waits for          does                                  signals
-//             loading warp (g, half) empty[g][half]     loads panels 0-3 or 4-8 of block g    full[g][panel] (bytes)
-//             loading warp (0, 0)    q_empty            loads the queries of its next piece   q_full (bytes)
+//             loading warp (g, half) empty[g][half]     loads panels 0-3 or 4-8 of block g    full[g][panel] (bytes),
+//             of both loading warp (0, 0)    q_empty            loads the queries of its next piece   q_full (bytes)
 //             math warpgroup g       full[g][0..8]      S_g                                   q_empty after the last
-//             math warpgroup g       as above           sums from half g of both blocks       empty[0..1][g]
+//             math warpgroup g       as above           sums from half g of both blocks       empty[0..1][g], of both
 //           A page that does not exist is loaded from outside the tensor, which gives zeros, and its scores are masked;
 //           so is a second block that the last pair of a sequence does not have. Rows of a page past the sequence's
 //           end may hold anything and are zeroed before they are values: 0 times NaN is NaN.
@@ -164,8 +165,6 @@ class Work {
   bool done_;
 };
 
-DEVICE_FN int tiles_of(const MlaDecodeParams& p) { return ceil_div(p.rows, kRows); }
-
 // ---- loading ----
 
 struct Maps {
@@ -181,10 +180,13 @@ DEVICE_FN void load_queries(Smem& s, const Maps& maps, int sequence, int row0) {
                 BUG(queries_of_first_sequence) ? 0 : sequence);
 }
 
-// By a whole warp, for one half of the panels of block `buffer` of every pair. Lane i fetches box i of a block.
+// By a whole warp, for one half of the panels of block `buffer` of every pair. Lane i fetches box i of a block, if it
+// is one of this CTA's.
+template <int kCluster>
 DEVICE_FN void load(Smem& s, const Maps& maps, const MlaDecodeParams& p, int buffer, int side, int row0) {
   const int lane = threadIdx.x % 32, box = 1 << p.box_log2, boxes = kTokens >> p.box_log2;
   const int first_panel = side == 0 ? 0 : kHalfPanels, last_panel = side == 0 ? kHalfPanels : kPanels;
+  const bool fetches = lane < boxes && (kCluster == 1 || lane / (boxes / kCluster) == int(cluster_rank()));
   uint32_t phase = 0, q_phase = 0;
   for (Work work(s.schedule, p); !work.done(); work.next()) {
     if (work.first == work.last) continue;
@@ -199,7 +201,7 @@ DEVICE_FN void load(Smem& s, const Maps& maps, const MlaDecodeParams& p, int buf
       const int token = pair * kPair + buffer * kTokens + lane * box;
       if (pair >= work.last || lane >= boxes || (token >= work.length && !BUG(table_read_past_the_length))) return -1;
       const int page = __ldg(table + token / p.page_size);
-      return page < p.num_pages || BUG(pages_not_checked) ? page : -1;
+      return uint32_t(page) < uint32_t(p.num_pages) || BUG(pages_not_checked) ? page : -1;
     };
     int page = page_of(work.first);
 #pragma unroll 1
@@ -214,9 +216,18 @@ DEVICE_FN void load(Smem& s, const Maps& maps, const MlaDecodeParams& p, int buf
           mbarrier_arrive_and_expect_tx(&s.full[buffer][panel], kPanelBytes);
       }
       __syncwarp();
-      if (lane < boxes)
-        for (int panel = first_panel; panel < last_panel; ++panel)
-          tma_load_3d(s.kv[buffer][panel] + lane * box * 128, maps.kv, &s.full[buffer][panel], panel * 64, row, here);
+      if (fetches)
+        for (int panel = first_panel; panel < last_panel; ++panel) {
+          uint8_t* const rows = s.kv[buffer][panel] + lane * box * 128;
+          uint64_t* const full = &s.full[buffer][panel];
+          if constexpr (kCluster == 1) {
+            tma_load_3d(rows, maps.kv, full, panel * 64, row, here);
+          } else {
+            const uint16_t everyone = (1 << kCluster) - 1;
+            tma_load_3d_multicast(rows, maps.kv, full, panel * 64, row, here,
+                                  BUG(multicast_to_self_only) ? uint16_t(1 << cluster_rank()) : everyone);
+          }
+        }
       phase ^= 1;
     }
   }
@@ -324,6 +335,19 @@ DEVICE_FN void arrive(uint64_t* barrier) {
   if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }
 
+// By a warp whose products of that half of a block have been waited for. Every CTA that fills it is told.
+template <int kCluster>
+DEVICE_FN void release(uint64_t* empty) {
+  if constexpr (kCluster == 1) {
+    arrive(empty);
+  } else {
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    if (lane < kCluster && (!BUG(released_to_self_only) || lane == int(cluster_rank())))
+      mbarrier_arrive_cluster_after_reads(empty, lane);
+  }
+}
+
 // ---- softmax ----
 
 // Among the four threads that share a row.
@@ -413,7 +437,7 @@ struct State {
 // Rows of the block from `token0` that are there but past the sequence's end.
 DEVICE_FN bool is_ragged(int length, int token0) { return length > token0 && length < token0 + kTokens; }
 
-template <class T>
+template <class T, int kCluster>
 DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, int length, int token0, uint32_t phase,
                            float (&score)[kTokens / 2], State& state) {
   float older[2] = {state.top[0], state.top[1]}, scale[2], sum[2];
@@ -445,7 +469,7 @@ DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, 
 
   wgmma_wait<0>(state.out);
   pin(weight);
-  arrive(&s.empty[0][0]);
+  release<kCluster>(&s.empty[0][0]);
   rescale(state.out, scale);
 #pragma unroll
   for (int row = 0; row < 2; ++row) state.mass[row] *= BUG(mass_not_scaled) ? 1.f : scale[row];
@@ -454,10 +478,10 @@ DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, 
   wgmma_fence(state.out);
   start_other<T, 0>(s, s.weights, state.out);
   wgmma_wait<0>(state.out);
-  arrive(&s.empty[1][0]);
+  release<kCluster>(&s.empty[1][0]);
 }
 
-template <class T>
+template <class T, int kCluster>
 DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, int length, int token0, uint32_t phase,
                             float (&score)[kTokens / 2], State& state) {
   float own[2] = {kLowest, kLowest}, scale[2], both[2], sum[2];
@@ -488,10 +512,10 @@ DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends,
   if (!BUG(first_weights_not_awaited)) mbarrier_wait(&s.weights_ready[0], phase);
   start_other<T, 1>(s, s.kv[0][kRope], state.out);
   wgmma_wait<1>();
-  if (!BUG(half_never_released)) arrive(&s.empty[1][1]);
+  if (!BUG(half_never_released)) release<kCluster>(&s.empty[1][1]);
   wgmma_wait<0>(state.out);
   pin(weight);
-  arrive(&s.empty[0][1]);
+  release<kCluster>(&s.empty[0][1]);
 }
 
 // store(i, column) for the sums i, i + 1 of one of this thread's two rows, column being without the thread's own 2 *
@@ -546,7 +570,7 @@ DEVICE_FN void finish(Smem& s, const MlaDecodeParams& p, const Work& work, int p
   }
 }
 
-template <class T, int kGroup>
+template <class T, int kCluster, int kGroup>
 DEVICE_FN void attend(Smem& s, const MlaDecodeParams& p, int part, int row0) {
   const Ends ends = find_ends(p, row0);
   uint32_t phase = 0, q_phase = 0;
@@ -565,9 +589,9 @@ DEVICE_FN void attend(Smem& s, const MlaDecodeParams& p, int part, int row0) {
       if (pair == work.last - 1) arrive(&s.q_empty);
       const int token0 = pair * kPair + kGroup * kTokens;
       if constexpr (kGroup == 0) {
-        first_block<T>(s, p, ends, work.length, token0, phase, score, state);
+        first_block<T, kCluster>(s, p, ends, work.length, token0, phase, score, state);
       } else {
-        second_block<T>(s, p, ends, work.length, token0, phase, score, state);
+        second_block<T, kCluster>(s, p, ends, work.length, token0, phase, score, state);
       }
       phase ^= BUG(phase_never_flipped) ? 0 : 1;
     }
@@ -578,12 +602,12 @@ DEVICE_FN void attend(Smem& s, const MlaDecodeParams& p, int part, int row0) {
     p.heads[2 * part] = head, p.heads[2 * part + 1] = parts_after;
 }
 
-template <class T>
+template <class T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ Maps maps, const __grid_constant__ MlaDecodeParams p) {
   DYNAMIC_SMEM(raw_smem);
   auto& s = *reinterpret_cast<Smem*>(raw_smem);
-  const int tiles = tiles_of(p), part = int(blockIdx.x) / tiles, row0 = int(blockIdx.x) % tiles * kRows;
+  const int part = int(blockIdx.x) / p.tiles, row0 = int(blockIdx.x) % p.tiles * kRows;
   // From lane 0, so that the compiler knows it to be the same in a whole warp.
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   if (warp == 0 && elect_one()) {
@@ -594,7 +618,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         debug_name(&s.full[block][panel], "full", block * kPanels + panel);
       }
       for (int side = 0; side < 2; ++side) {
-        mbarrier_init(&s.empty[block][side], 4);
+        mbarrier_init(&s.empty[block][side], 4 * kCluster);
         debug_name(&s.empty[block][side], "empty", block * 2 + side);
       }
       mbarrier_init(&s.scales_ready[block], 4), debug_name(&s.scales_ready[block], "scales_ready", block);
@@ -606,19 +630,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (!BUG(dependency_wait_missing)) grid_dependency_wait();
   if (warp == 1) find_part(s.schedule, p, part);
-  if (!BUG(syncthreads_missing)) __syncthreads();
+  if constexpr (kCluster > 1) {
+    cluster_sync();
+  } else {
+    if (!BUG(syncthreads_missing)) __syncthreads();
+  }
 
   if (warp / 4 == 2) {
     reg_dec<40>();
-    load(s, maps, p, warp % 4 / 2, warp % 2, row0);
+    load<kCluster>(s, maps, p, warp % 4 / 2, warp % 2, row0);
     grid_dependency_launch();
   } else {
     reg_inc<232>();
     if (warp / 4 == 0) {
-      attend<T, 0>(s, p, part, row0);
+      attend<T, kCluster, 0>(s, p, part, row0);
     } else {
-      attend<T, 1>(s, p, part, row0);
+      attend<T, kCluster, 1>(s, p, part, row0);
     }
+  }
+  // A CTA stays while its peer may still arrive on its barriers, and load into it.
+  if constexpr (kCluster > 1) {
+    __syncwarp();
+    if (!BUG(last_cluster_sync_missing)) cluster_sync();
   }
 }
 

@@ -23,12 +23,14 @@ struct MlaDecodeParams {
   bool causal;
   Dtype dtype;  // kBf16 or kFp16
   int parts;    // that the cached tokens of all sequences are shared out to; each has a CTA for every 64 query rows
+  int cluster;  // of those CTAs, 1 or 2: how many fetch the cache together
   void* stream;
 
   // Made by the launcher.
   int rows = 0;            // s_q * h_q
+  int tiles = 0;           // of 64 of them
   int capacity = 0;        // tokens that a row of the block table has room for
-  int box_log2 = 0;        // tokens that a TMA load fetches: the most that surely lie in one page, up to 64
+  int box_log2 = 0;        // tokens that a TMA load fetches: the most that surely lie in one page and are one CTA's
   float scale_log2 = 0.f;  // of scores in base 2
 };
 

@@ -110,7 +110,8 @@ def _cuda(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
         part_lse=address(part_lse), heads=address(heads), b=b, s_q=s_q, h_q=h_q, num_pages=kv_cache.shape[0],
         page_size=kv_cache.shape[1], max_pages=block_table.shape[1], q_stride_b=q.stride(0), q_stride_row=row_stride,
         page_stride=kv_cache.stride(0), row_stride=kv_cache.stride(1), scale=scale,
-        dtype=_extension.dtype_code(q.dtype), causal=causal, parts=config.parts, stream=_extension.stream(q),
+        dtype=_extension.dtype_code(q.dtype), causal=causal, parts=config.parts, cluster=config.cluster,
+        stream=_extension.stream(q),
     )  # fmt: skip
     return out, lse
 

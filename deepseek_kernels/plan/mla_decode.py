@@ -55,9 +55,11 @@ class Config:
 
 @dataclass(frozen=True)
 class CudaConfig:
-    """`parts`: equal ones that the tokens of all sequences are cut into; each has a CTA for every 64 query rows."""
+    """`parts`: equal ones that the tokens of all sequences are cut into; each has a CTA for every 64 query rows.
+    `cluster`: of those CTAs, how many fetch the cache together."""
 
     parts: int
+    cluster: int
 
 
 def flops(p: Problem) -> int:
@@ -121,7 +123,8 @@ _PROGRAM_OVERHEAD = 2e-6  # seconds: queries in, accumulator out
 _LAUNCH = 3e-6  # seconds the merge adds
 _MMA_EFFICIENCY = {16: 0.2, 32: 0.3, 64: 0.45}  # of the peak rate, by block_h
 CUDA_ROWS, CUDA_TOKENS = 64, 128  # of queries and of the cache that a CTA of the CUDA kernel takes at once
-_CUDA_EFFICIENCY = 0.66  # of the peak rate
+_CUDA_EFFICIENCY = 0.75  # of the peak rate, where the cache arrives in time
+_L2_BANDWIDTH = 5.5e12  # bytes per second that all multiprocessors of a Hopper GPU read
 _WIDEN = 1.1e-8  # seconds an SM takes to bring an FP8 row to 16 bits
 
 
@@ -138,14 +141,21 @@ def shared_memory(c: Config, p: Problem, arch: int) -> int:
 
 
 def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Iterator[Config] | Iterator[CudaConfig]:
-    return iter([_cuda_config(p, device)]) if backend == "cuda" else _triton_candidates(p, device)
+    return _cuda_candidates(p, device) if backend == "cuda" else _triton_candidates(p, device)
 
 
-def _cuda_config(p: Problem, device: DeviceSpec) -> CudaConfig:
+def _cuda_candidates(p: Problem, device: DeviceSpec) -> Iterator[CudaConfig]:
     """A CTA for each multiprocessor, as long as there are pairs of blocks for all of them."""
     device = device if device.kind == "cuda" else H200  # in the model
-    tiles = max(ceil_div(p.s_q * p.h_q, CUDA_ROWS), 1)
-    return CudaConfig(max(1, min(device.num_sms // tiles, p.b * ceil_div(p.s_kv, CUDA_TOKENS))))
+    tiles = _cuda_tiles(p)
+    parts = max(1, min(device.num_sms // tiles, p.b * ceil_div(p.s_kv, CUDA_TOKENS)))
+    for cluster in (1, 2):
+        if tiles % cluster == 0:
+            yield CudaConfig(parts, cluster)
+
+
+def _cuda_tiles(p: Problem) -> int:
+    return max(ceil_div(p.s_q * p.h_q, CUDA_ROWS), 1)
 
 
 def _triton_candidates(p: Problem, device: DeviceSpec) -> Iterator[Config]:
@@ -167,7 +177,8 @@ def _family(arch: int) -> int:
 def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
     """Why `c` cannot run; empty when it can."""
     if isinstance(c, CudaConfig):
-        return _hopper_reason(p)
+        tiles = _cuda_tiles(p)
+        return _hopper_reason(p) or (f"clusters of {c.cluster} for {tiles} tiles" if tiles % c.cluster else "")
     if c.num_splits > 1 and c.num_splits * _TOKENS_PER_SPLIT > p.s_kv:
         return f"{c.num_splits} splits of {p.s_kv} tokens"
     if c.block_h > 16 and c.block_h >= 2 * p.s_q * p.h_q:
@@ -205,22 +216,22 @@ def cost(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> float:
 
 def _cuda_cost(c: CudaConfig, p: Problem, device: DeviceSpec) -> float:
     """Seconds of the longest part, whose tiles share what they read, and of adding up partial results."""
-    tiles = max(ceil_div(p.s_q * p.h_q, CUDA_ROWS), 1)
-    waves = ceil_div(c.parts * tiles, device.num_sms)
-    busy = min(c.parts * tiles, device.num_sms)
+    ctas = c.parts * _cuda_tiles(p)
+    busy = min(ctas, device.num_sms)
     pairs = ceil_div(p.b * ceil_div(p.s_kv, CUDA_TOKENS), c.parts)
     mma = 2 * CUDA_ROWS * CUDA_TOKENS * (2 * p.d_latent + p.d_rope) * device.num_sms / device.rate("bf16")
-    memory = CUDA_TOKENS * p.row_bytes * busy / tiles / device.bandwidth
-    seconds = waves * (_PROGRAM_OVERHEAD + pairs * max(mma / _CUDA_EFFICIENCY, memory))
+    read = CUDA_TOKENS * p.row_bytes * busy
+    pair = max(mma / _CUDA_EFFICIENCY, read / _cuda_tiles(p) / device.bandwidth, read / c.cluster / _L2_BANDWIDTH)
+    seconds = ceil_div(ctas, device.num_sms) * (_PROGRAM_OVERHEAD + pairs * pair)
     if c.parts > 1:
         seconds += _LAUNCH + 8 * c.parts * p.s_q * p.h_q * p.d_latent / device.bandwidth
     return seconds
 
 
 def select(p: Problem, device: DeviceSpec, backend: str) -> Config | CudaConfig | None:
-    """The CUDA kernel has one configuration, the CPU ones none."""
+    """Of the CUDA kernel and of the Triton one; the CPU ones have no choice."""
     if backend == "cuda":
-        return _cuda_config(p, device)
+        return min(_cuda_candidates(p, device), key=lambda c: (cost(c, p, device), c.cluster))
     if backend != "triton":
         return None
     options: Sequence[Config] = list(_triton_candidates(p, device))
