@@ -14,21 +14,23 @@
 //           partial one, of which a part has at most two; kernel_merge.cuh adds those up.
 // Pipeline: warpgroup g has the scores of block g, and half g (0: left, 1: right) of the columns of all sums. A pair:
 //
-//             warpgroup 0                                        warpgroup 1
-//             S0 = Q K0^T                                        S1 = Q K1^T
-//             new maximum a, scale0        --scales_ready[0]-->  maximum b of a and of S1, scale1
-//             P0 = exp2(S0 - a)            <--scales_ready[1]--  P1 = exp2(S1 - b), to shared memory
-//             O_l = scale0 O_l + P0 V0_l   <--weights_ready[1]-  O_r = scale0 scale1 O_r + P1 V1_r
-//             P0 *= scale1, to shared      --weights_ready[0]->  O_r += P0 V0_r
-//             O_l = scale1 O_l + P1 V1_l
+//             warpgroup 0                                      warpgroup 1
+//             S0 = Q K0^T                                      S1 = Q K1^T
+//             maximum a, scale0, P0 = exp2(S0 - a)  ready[0]->
+//             O_l = scale0 O_l + P0 V0_l                       O_r = scale0 O_r + P0 V0_r
+//                                                 <-ready[1]   maximum b of a and of S1, scale1, P1 = exp2(S1 - b)
+//             O_l = scale1 O_l + P1 V1_l                       O_r = scale1 O_r + P1 V1_r
 //
-//           so that each one's softmax runs under the other one's products. P0 lies where K0's last panel was (the
-//           rotary part, which is no value), P1 in a place of its own.
-//             who                    waits for          does                                  signals
-//             loading warp (g, half) empty[g][half]     loads panels 0-3 or 4-8 of block g    full[g][panel] (bytes),
-//             of both loading warp (0, 0)    q_empty            loads the queries of its next piece   q_full (bytes)
-//             math warpgroup g       full[g][0..8]      S_g                                   q_empty after the last
-//             math warpgroup g       as above           sums from half g of both blocks       empty[0..1][g], of both
+//           One's softmax runs under products of the other one: that of S0 under S1, that of S1 under those with V0.
+//           The next K0 is loaded under the products with V1, the next K1 under the next S0. Each warpgroup takes its
+//           own weights from registers, the other's from shared memory: P0 lies where K0's last panel was (the rotary
+//           part, which is no value), P1 in a place of its own.
+//             who                    waits for        does                                signals
+//             loading warp (g, half) empty[g][half]   loads panels 0-3 or 4-8 of block g  full[g][panel] (bytes)
+//             loading warp (0, 0)    q_empty          loads the queries of a piece        q_full (bytes)
+//             math warpgroup g       full[g][0..8]    S_g                                 q_empty after the last pair
+//             math warpgroup g       ready[1 - g]     sums from half g of both blocks     empty[0..1][g]
+//           In a cluster full counts the bytes that both CTAs load, and empty is signalled to both.
 //           A page that does not exist is loaded from outside the tensor, which gives zeros, and its scores are masked;
 //           so is a second block that the last pair of a sequence does not have. Rows of a page past the sequence's
 //           end may hold anything and are zeroed before they are values: 0 times NaN is NaN.
@@ -69,7 +71,7 @@ struct Smem {
   alignas(8) uint64_t full[2][kPanels];
   uint64_t empty[2][2];
   uint64_t q_full, q_empty;
-  uint64_t scales_ready[2], weights_ready[2];
+  uint64_t ready[2];
   int present[2];  // of each block: bit i, whether its tokens [i << box_log2, (i + 1) << box_log2) have a page
   Schedule schedule;
 };
@@ -255,18 +257,18 @@ DEVICE_FN void wgmma_16_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t d
 // This thread's first row of the tile; it has that one and the eighth after it.
 DEVICE_FN int tile_row() { return int(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4); }
 
-// score = q k^T of block kGroup, as its panels arrive: own half first.
+// score = q k^T of block kGroup, as its panels arrive.
 template <class T, int kGroup>
 DEVICE_FN void start_scores(Smem& s, uint32_t phase, float (&score)[kTokens / 2]) {
   const uint64_t q = desc_k_b128(s.q), k = desc_k_b128(s.kv[kGroup]);
   wgmma_fence(score);
 #pragma unroll
-  for (int i = 0; i < kPanels; ++i) {
-    const int panel = (i + kGroup * kHalfPanels) % kPanels, offset = panel * (kPanelBytes >> 4);
+  for (int panel = 0; panel < kPanels; ++panel) {
+    const int offset = panel * (kPanelBytes >> 4);
     if (!BUG(keys_not_awaited)) mbarrier_wait(&s.full[kGroup][panel], phase);
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-      wgmma_16<T, kTokens, 0>(score, q + offset + step * 2, k + offset + step * 2, i + step != 0);
+      wgmma_16<T, kTokens, 0>(score, q + offset + step * 2, k + offset + step * 2, panel + step != 0);
   }
   wgmma_commit();
 }
@@ -293,6 +295,7 @@ DEVICE_FN void start_own(Smem& s, Weights& weight, float (&out)[kLatent / 4]) {
 template <class T, int kGroup>
 DEVICE_FN void start_other(Smem& s, const uint8_t* weights, float (&out)[kLatent / 4]) {
   const uint64_t w = desc_k_b128(weights), v = values<kGroup>(s, 1 - kGroup);
+  wgmma_fence(out);
 #pragma unroll
   for (int step = 0; step < kTokens / 16; ++step)
     wgmma_16<T, kLatent / 2, 1>(out, w + step * 2, v + step * kValueStep, 1);
@@ -316,10 +319,9 @@ DEVICE_FN void stage(uint8_t* weights, const Weights& weight) {
   if (!BUG(fence_proxy_async_missing)) fence_proxy_async();
 }
 
-// Zeros into rows [from, 64) of half kGroup of a block, by all of a warpgroup, whose products of it begin after this.
+// Zeros into rows [from, 64) of half kGroup of a block, by all of a warpgroup, whose products with it begin after this.
 template <int kGroup>
 DEVICE_FN void zero_rows(Smem& s, int buffer, int from) {
-  if (!BUG(zeroed_under_a_product)) named_barrier_sync(2 + kGroup, kGroupThreads);
   const int thread = threadIdx.x % kGroupThreads;
   uint8_t* const panel = s.kv[buffer][kGroup * kHalfPanels + thread / 32];
   if (!BUG(values_past_the_end_kept))
@@ -365,9 +367,10 @@ DEVICE_FN void multiply_rows(float (&x)[kCount], const float (&by)[2]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) x[i] *= by[i / 2 % 2];
 }
-// The same of a piece's sums. After the first blocks a new maximum is rare.
+// Whether a warp has to: after the first blocks a new maximum is rare.
+DEVICE_FN bool any_to_rescale(const float (&by)[2]) { return __any_sync(0xffffffffu, by[0] != 1.f || by[1] != 1.f); }
 DEVICE_FN void rescale(float (&out)[kLatent / 4], const float (&by)[2]) {
-  if (__any_sync(0xffffffffu, by[0] != 1.f || by[1] != 1.f)) multiply_rows(out, by);
+  if (any_to_rescale(by)) multiply_rows(out, by);
 }
 
 // What a row sees of a sequence: tokens up to here.
@@ -434,88 +437,98 @@ struct State {
   float top[2], mass[2];  // mass: of this thread's columns of the blocks of this warpgroup
 };
 
-// Rows of the block from `token0` that are there but past the sequence's end.
-DEVICE_FN bool is_ragged(int length, int token0) { return length > token0 && length < token0 + kTokens; }
+// Whether a block has rows past the sequence's end, of which `left` tokens remain.
+DEVICE_FN bool is_ragged(int left) { return left > 0 && left < kTokens; }
 
-template <class T, int kCluster>
-DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, int length, int token0, uint32_t phase,
-                           float (&score)[kTokens / 2], State& state) {
-  float older[2] = {state.top[0], state.top[1]}, scale[2], sum[2];
-  scale_scores(score, state.top, p, ends, length, token0, s.present[0]);
+// Of block `group` of a pair: its weights, the new maxima, and what older sums are to be scaled by, which is published.
+template <class T>
+DEVICE_FN void softmax(Smem& s, const MlaDecodeParams& p, const Ends& ends, int length, int token0, int group,
+                       float (&score)[kTokens / 2], Weights& weight, float (&scale)[2], State& state) {
+  const float older[2] = {state.top[0], state.top[1]};
+  float sum[2];
+  scale_scores(score, state.top, p, ends, length, token0, s.present[group]);
 #pragma unroll
   for (int row = 0; row < 2; ++row) scale[row] = exp2_flushed(older[row] - state.top[row]);
-  publish(s.scales[0], state.top, scale);
-  arrive(&s.scales_ready[0]);
-
-  Weights weight, scaled;
+  publish(s.scales[group], state.top, scale);
   weigh(score, state.top, sum);
   pack<T>(score, weight);
 #pragma unroll
   for (int row = 0; row < 2; ++row) state.mass[row] = state.mass[row] * scale[row] + sum[row];
-  if (is_ragged(length, token0)) zero_rows<0>(s, 0, length - token0);
+}
+
+// A pair, by warpgroup 0.
+template <class T, int kCluster>
+DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, const Work& work, int pair,
+                           uint32_t phase, State& state) {
+  const int token0 = pair * kPair, left = work.length - token0;
+  float score[kTokens / 2], scale[2];
+  Weights weight;
+  start_scores<T, 0>(s, phase, score);
+  wgmma_wait<0>(score);
+  if (pair == work.last - 1) arrive(&s.q_empty);
+  softmax<T>(s, p, ends, work.length, token0, 0, score, weight, scale, state);
+  if (!BUG(weights_over_keys)) named_barrier_sync(2, kGroupThreads);  // no warp's product reads the last panel any more
+  stage(s.kv[0][kRope], weight);
+  arrive(&s.ready[0]);
+  if (is_ragged(left)) zero_rows<0>(s, 0, left);
   rescale(state.out, scale);
   start_own<T, 0>(s, weight, state.out);
 
-  if (!BUG(second_maximum_not_awaited)) mbarrier_wait(&s.scales_ready[1], phase);
+  if (!BUG(second_not_awaited)) mbarrier_wait(&s.ready[1], phase);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const float2 newer = s.scales[1][tile_row() + row * 8];
     state.top[row] = newer.x, scale[row] = newer.y;
+    state.mass[row] *= BUG(mass_not_scaled) ? 1.f : scale[row];
   }
-  multiply_rows(score, scale);
-  pack<T>(score, scaled);
-  stage(s.kv[0][kRope], scaled);
-  arrive(&s.weights_ready[0]);
-
   wgmma_wait<0>(state.out);
   pin(weight);
   release<kCluster>(&s.empty[0][0]);
   rescale(state.out, scale);
-#pragma unroll
-  for (int row = 0; row < 2; ++row) state.mass[row] *= BUG(mass_not_scaled) ? 1.f : scale[row];
-  if (!BUG(second_weights_not_awaited)) mbarrier_wait(&s.weights_ready[1], phase);
-  if (is_ragged(length, token0 + kTokens)) zero_rows<0>(s, 1, length - token0 - kTokens);
-  wgmma_fence(state.out);
+  if (is_ragged(left - kTokens)) zero_rows<0>(s, 1, left - kTokens);
   start_other<T, 0>(s, s.weights, state.out);
   wgmma_wait<0>(state.out);
   release<kCluster>(&s.empty[1][0]);
 }
 
+// The same pair, by warpgroup 1. Its product with V0 queues up behind its scores.
 template <class T, int kCluster>
-DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, int length, int token0, uint32_t phase,
-                            float (&score)[kTokens / 2], State& state) {
-  float own[2] = {kLowest, kLowest}, scale[2], both[2], sum[2];
-  scale_scores(score, own, p, ends, length, token0, s.present[1]);
-  if (!BUG(first_maximum_not_awaited)) mbarrier_wait(&s.scales_ready[0], phase);
+DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, const Work& work, int pair,
+                            uint32_t phase, State& state) {
+  const int token0 = pair * kPair + kTokens, left = work.length - token0;
+  float score[kTokens / 2], scale[2];
+  Weights weight;
+  start_scores<T, 1>(s, phase, score);
+  if (!BUG(first_not_awaited)) mbarrier_wait(&s.ready[0], phase);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float2 older = s.scales[0][tile_row() + row * 8];
-    state.top[row] = fmaxf(older.x, own[row]);
-    scale[row] = exp2_flushed(older.x - state.top[row]);
-    both[row] = older.y * (BUG(second_scale_forgotten) ? 1.f : scale[row]);
+    const float2 newer = s.scales[0][tile_row() + row * 8];
+    state.top[row] = newer.x, scale[row] = BUG(first_scale_forgotten) ? 1.f : newer.y;
+    state.mass[row] *= scale[row];
   }
-  publish(s.scales[1], state.top, scale);
-  arrive(&s.scales_ready[1]);
-
-  Weights weight;
-  weigh(score, state.top, sum);
-  pack<T>(score, weight);
-  stage(s.weights, weight);
-  arrive(&s.weights_ready[1]);
-#pragma unroll
-  for (int row = 0; row < 2; ++row) state.mass[row] = state.mass[row] * both[row] + sum[row];
-  if (is_ragged(length, token0)) zero_rows<1>(s, 1, length - token0);
-  if (is_ragged(length, token0 - kTokens)) zero_rows<1>(s, 0, length - token0 + kTokens);
-  rescale(state.out, both);
-  start_own<T, 1>(s, weight, state.out);
-
-  if (!BUG(first_weights_not_awaited)) mbarrier_wait(&s.weights_ready[0], phase);
+  if (any_to_rescale(scale)) {
+    wgmma_wait<0>(score);  // the compiler would put it here, for products under way bar it from all sums
+    multiply_rows(state.out, scale);
+  }
+  if (is_ragged(left + kTokens)) zero_rows<1>(s, 0, left + kTokens);
   start_other<T, 1>(s, s.kv[0][kRope], state.out);
-  wgmma_wait<1>();
-  if (!BUG(half_never_released)) release<kCluster>(&s.empty[1][1]);
+
+  wgmma_wait<1>(score);
+  if (pair == work.last - 1) arrive(&s.q_empty);
+  softmax<T>(s, p, ends, work.length, token0, 1, score, weight, scale, state);
+  stage(s.weights, weight);
+  arrive(&s.ready[1]);
+  wgmma_wait<0>(state.out);
+  if (!BUG(half_never_released)) release<kCluster>(&s.empty[0][1]);
+  if (!BUG(second_scale_forgotten)) rescale(state.out, scale);
+  if (is_ragged(left)) {
+    named_barrier_sync(3, kGroupThreads);  // no warp's scores are under way any more
+    zero_rows<1>(s, 1, left);
+  }
+  start_own<T, 1>(s, weight, state.out);
   wgmma_wait<0>(state.out);
   pin(weight);
-  release<kCluster>(&s.empty[0][1]);
+  release<kCluster>(&s.empty[1][1]);
 }
 
 // store(i, column) for the sums i, i + 1 of one of this thread's two rows, column being without the thread's own 2 *
@@ -583,15 +596,10 @@ DEVICE_FN void attend(Smem& s, const MlaDecodeParams& p, int part, int row0) {
     }
 #pragma unroll 1
     for (int pair = work.first; pair < work.last; ++pair) {
-      float score[kTokens / 2];
-      start_scores<T, kGroup>(s, phase, score);
-      wgmma_wait<0>(score);
-      if (pair == work.last - 1) arrive(&s.q_empty);
-      const int token0 = pair * kPair + kGroup * kTokens;
       if constexpr (kGroup == 0) {
-        first_block<T, kCluster>(s, p, ends, work.length, token0, phase, score, state);
+        first_block<T, kCluster>(s, p, ends, work, pair, phase, state);
       } else {
-        second_block<T, kCluster>(s, p, ends, work.length, token0, phase, score, state);
+        second_block<T, kCluster>(s, p, ends, work, pair, phase, state);
       }
       phase ^= BUG(phase_never_flipped) ? 0 : 1;
     }
@@ -621,8 +629,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         mbarrier_init(&s.empty[block][side], 4 * kCluster);
         debug_name(&s.empty[block][side], "empty", block * 2 + side);
       }
-      mbarrier_init(&s.scales_ready[block], 4), debug_name(&s.scales_ready[block], "scales_ready", block);
-      mbarrier_init(&s.weights_ready[block], 4), debug_name(&s.weights_ready[block], "weights_ready", block);
+      mbarrier_init(&s.ready[block], 4), debug_name(&s.ready[block], "ready", block);
     }
     mbarrier_init(&s.q_full, 1), debug_name(&s.q_full, "q_full", 0);
     mbarrier_init(&s.q_empty, 8), debug_name(&s.q_empty, "q_empty", 0);
