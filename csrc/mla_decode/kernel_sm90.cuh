@@ -474,6 +474,9 @@ DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, 
   rescale(state.out, scale);
   start_own<T, 0>(s, weight, state.out);
 
+  wgmma_wait<0>(state.out);
+  pin(weight);
+  release<kCluster>(&s.empty[0][0]);
   if (!BUG(second_not_awaited)) mbarrier_wait(&s.ready[1], phase);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
@@ -481,9 +484,6 @@ DEVICE_FN void first_block(Smem& s, const MlaDecodeParams& p, const Ends& ends, 
     state.top[row] = newer.x, scale[row] = newer.y;
     state.mass[row] *= BUG(mass_not_scaled) ? 1.f : scale[row];
   }
-  wgmma_wait<0>(state.out);
-  pin(weight);
-  release<kCluster>(&s.empty[0][0]);
   rescale(state.out, scale);
   if (is_ragged(left - kTokens)) zero_rows<0>(s, 1, left - kTokens);
   start_other<T, 0>(s, s.weights, state.out);
