@@ -362,10 +362,9 @@ DEVICE_FN float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-template <int kCount>
-DEVICE_FN void multiply_rows(float (&x)[kCount], const float (&by)[2]) {
+DEVICE_FN void multiply_rows(float (&out)[kLatent / 4], const float (&by)[2]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] *= by[i / 2 % 2];
+  for (int i = 0; i < kLatent / 4; ++i) out[i] *= by[i / 2 % 2];
 }
 // Whether a warp has to: after the first blocks a new maximum is rare.
 DEVICE_FN bool any_to_rescale(const float (&by)[2]) { return __any_sync(0xffffffffu, by[0] != 1.f || by[1] != 1.f); }
@@ -373,10 +372,10 @@ DEVICE_FN void rescale(float (&out)[kLatent / 4], const float (&by)[2]) {
   if (any_to_rescale(by)) multiply_rows(out, by);
 }
 
-// What a row sees of a sequence: tokens up to here.
+// How many of a sequence's last tokens rows do not see.
 struct Ends {
-  int behind[2];    // tokens at a sequence's end that this thread's rows do not see
-  int most_behind;  // of any row of the tile
+  int behind[2];    // this thread's rows
+  int most_behind;  // any row of the tile
 };
 DEVICE_FN Ends find_ends(const MlaDecodeParams& p, int row0) {
   Ends e;
@@ -531,8 +530,8 @@ DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends,
   release<kCluster>(&s.empty[1][1]);
 }
 
-// store(i, column) for the sums i, i + 1 of one of this thread's two rows, column being without the thread's own 2 *
-// 0..3.
+// store(i, column) for every two sums i, i + 1 of one of this thread's rows; they go to 2 * (lane % 4) after the
+// column.
 template <class Store>
 DEVICE_FN void for_columns(int half, const Store& store) {
 #pragma unroll
