@@ -123,8 +123,9 @@ _PROGRAM_OVERHEAD = 2e-6  # seconds: queries in, accumulator out
 _LAUNCH = 3e-6  # seconds the merge adds
 _MMA_EFFICIENCY = {16: 0.2, 32: 0.3, 64: 0.45}  # of the peak rate, by block_h
 CUDA_ROWS, CUDA_TOKENS = 64, 128  # of queries and of the cache that a CTA of the CUDA kernel takes at once
+# Assumed, for no GPU has run the CUDA kernel yet:
 _CUDA_EFFICIENCY = 0.75  # of the peak rate, where the cache arrives in time
-_L2_BANDWIDTH = 5.5e12  # bytes per second that all multiprocessors of a Hopper GPU read
+_L2_BANDWIDTH = 5.5e12  # bytes per second that all multiprocessors together read
 _WIDEN = 1.1e-8  # seconds an SM takes to bring an FP8 row to 16 bits
 
 
