@@ -530,12 +530,30 @@ DEVICE_FN void second_block(Smem& s, const MlaDecodeParams& p, const Ends& ends,
   release<kCluster>(&s.empty[1][1]);
 }
 
-// store(i, column) for every two sums i, i + 1 of one of this thread's rows; they go to 2 * (lane % 4) after the
-// column.
-template <class Store>
-DEVICE_FN void for_columns(int half, const Store& store) {
+// One of this thread's rows of a result, into the 256 columns at `out`, by whole warps. Neighbouring lanes swap words,
+// so that the four of a row write 32 bytes side by side.
+template <class T>
+DEVICE_FN void store_result(const State& state, int half, float factor, T* out, bool stored) {
+  const bool odd = threadIdx.x % 2;
+  out += (odd ? 8 : 0) + int(threadIdx.x) % 4 / 2 * 4;
 #pragma unroll
-  for (int i = 0; i < kLatent / 4; i += 4) store(i + 2 * half, 2 * i);
+  for (int i = 2 * half; i < kLatent / 4; i += 8) {
+    const float x[] = {state.out[i] * factor, state.out[i + 1] * factor};
+    const float y[] = {state.out[i + 4] * factor, state.out[i + 5] * factor};
+    const uint32_t near = to_word<T>(x), far = to_word<T>(y);  // 8 columns further
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? near : far, 1);
+    if (stored)
+      *reinterpret_cast<uint2*>(out + (i - 2 * half) * 2) = odd ? make_uint2(other, far) : make_uint2(near, other);
+  }
+}
+// The same of a partial result.
+DEVICE_FN void store_part(const State& state, int half, float factor, float* out, bool stored) {
+  out += int(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int i = 2 * half; i < kLatent / 4; i += 4)
+    if (stored)
+      *reinterpret_cast<float2*>(out + (i - 2 * half) * 2) =
+          make_float2(state.out[i] * factor, state.out[i + 1] * factor);
 }
 
 template <class T, int kGroup>
@@ -552,32 +570,25 @@ DEVICE_FN void finish(Smem& s, const MlaDecodeParams& p, const Work& work, int p
   }
   const bool whole = work.begins() && work.ends();
   const int64_t slot = work.begins() ? p.parts + part : part;
-  const int column0 = kGroup * kLatent / 2 + int(threadIdx.x) % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row0 + tile_row() + half * 8, head = row % p.h_q, query = row / p.h_q;
-    if (row >= p.rows && !BUG(rows_unmasked)) continue;
+    const bool stored = row < p.rows || BUG(rows_unmasked);
+    const bool stores_lse = stored && kGroup == 0 && threadIdx.x % 4 == 0;
     const float mass = exchanges ? state.mass[half] + s.mass[1 - kGroup][tile_row() + half * 8] : 0.f;
     const bool seen = mass != 0.f;                                       // NaN is seen
     const float lse = seen ? state.top[half] + log2f(mass) : -INFINITY;  // base 2
-    float factor = seen ? 1.f / mass : 0.f;
-    const bool writes_lse = kGroup == 0 && threadIdx.x % 4 == 0;
+    float factor = seen ? 1.f / mass : 0.f;                              // of sums that are 0 then
     if (whole) {
       const float natural = lse * kLn2;
-      if (writes_lse) p.lse[int64_t(work.sequence) * p.rows + head * p.s_q + query] = natural;
-      if (p.sink != nullptr) factor *= share_of(natural, __ldg(p.sink + head));
-      T* const out = static_cast<T*>(p.out) + (int64_t(work.sequence) * p.rows + row) * kLatent + column0;
-      for_columns(half, [&](int i, int column) {
-        const float x[] = {seen ? state.out[i] * factor : 0.f, seen ? state.out[i + 1] * factor : 0.f};
-        *reinterpret_cast<uint32_t*>(out + column) = to_word<T>(x);
-      });
+      if (stores_lse) p.lse[int64_t(work.sequence) * p.rows + head * p.s_q + query] = natural;
+      if (p.sink != nullptr && seen) factor *= share_of(natural, __ldg(p.sink + head));
+      T* const out = static_cast<T*>(p.out) + (int64_t(work.sequence) * p.rows + row) * kLatent;
+      store_result(state, half, factor, out + kGroup * kLatent / 2, stored);
     } else {
-      if (writes_lse) p.part_lse[slot * p.rows + row] = lse;
-      float* const out = p.part_out + (slot * p.rows + row) * kLatent + column0;
-      for_columns(half, [&](int i, int column) {
-        *reinterpret_cast<float2*>(out + column) =
-            seen ? make_float2(state.out[i] * factor, state.out[i + 1] * factor) : make_float2(0.f, 0.f);
-      });
+      if (stores_lse) p.part_lse[slot * p.rows + row] = lse;
+      float* const out = p.part_out + (slot * p.rows + row) * kLatent;
+      store_part(state, half, factor, out + kGroup * kLatent / 2, stored);
     }
   }
 }
