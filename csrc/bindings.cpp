@@ -13,6 +13,7 @@
 #include "fp8_grouped_matmul/params.h"
 #include "fp8_matmul/params.h"
 #include "fp8_quantize/params.h"
+#include "grouped_matmul/params.h"
 #include "moe_gate/params.h"
 #include "moe_permute/params.h"
 #include "moe_sort/params.h"
@@ -345,6 +346,23 @@ void bind_fp8_grouped_matmul_wgrad(py::module_& m) {
     instances.append(py::make_tuple(i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.stages));
   m.attr("fp8_grouped_matmul_wgrad_instances") = py::tuple(instances);
 }
+
+void bind_grouped_matmul(py::module_& m) {
+  m.def(
+      "grouped_matmul",
+      [](address a, address b, address groups, address d, int64_t num_rows, int64_t n, int64_t k, int num_groups,
+         int64_t lda, int64_t ldb, int64_t b_stride_g, bool transposed, int tile_m, int cluster_n, int raster, int ctas,
+         address stream) {
+        launch_grouped_matmul({at<void>(a), at<void>(b), at<int32_t>(groups), at<void>(d), num_rows, n, k, num_groups,
+                               lda, ldb, b_stride_g, transposed, tile_m, cluster_n, raster, ctas, at<void>(stream)});
+      },
+      kw_only(), "a"_a, "b"_a, "groups"_a, "d"_a, "num_rows"_a, "n"_a, "k"_a, "num_groups"_a, "lda"_a, "ldb"_a,
+      "b_stride_g"_a, "transposed"_a, "tile_m"_a, "cluster_n"_a, "raster"_a, "ctas"_a, "stream"_a, release_gil());
+  py::list instances;
+  for (const GroupedMatmulInstance& i : grouped_matmul_instances())
+    instances.append(py::make_tuple(i.tile_m, i.tile_n, i.cluster_n, i.transposed, i.stages));
+  m.attr("grouped_matmul_instances") = py::tuple(instances);
+}
 #endif
 #endif
 
@@ -364,7 +382,8 @@ void bind(py::module_& m) {
   bind_fp8_matmul(m);
   bind_fp8_grouped_matmul(m);
   bind_fp8_grouped_matmul_wgrad(m);
-  ops += ",fp8_matmul,fp8_grouped_matmul,fp8_grouped_matmul_wgrad";
+  bind_grouped_matmul(m);
+  ops += ",fp8_matmul,fp8_grouped_matmul,fp8_grouped_matmul_wgrad,grouped_matmul";
 #endif
   m.attr("ops") = split(ops);
   m.attr("architectures") = split(DEEPSEEK_KERNELS_ARCHS);
