@@ -32,4 +32,29 @@ constexpr int kGroupedMatmulMaxGroups = 1024;
 std::vector<GroupedMatmulInstance> grouped_matmul_instances();
 void launch_grouped_matmul(const GroupedMatmulParams& params);
 
+// The gradient of b: for each group of rows the product of what two matrices have in them.
+struct GroupedWgradParams {
+  const void* grad;       // [num_rows, n] bf16
+  const void* a;          // [num_rows, k] bf16
+  const int32_t* groups;  // [num_groups + 1] first rows
+  void* d;                // [num_groups, n, k] bf16, contiguous
+  int64_t num_rows, n, k;
+  int num_groups;
+  static constexpr bool masked = false;
+  int64_t ld_grad, lda;  // in elements
+  int tile_n;            // of k; of n always 128
+  int cluster_m;         // tiles of a cluster, along n
+  int raster;            // rows of clusters walked before the next column of tiles
+  int ctas;              // a multiple of the cluster
+  void* stream;
+};
+
+struct GroupedWgradInstance {
+  int tile_m, tile_n, cluster_m;
+  int stages;  // chosen by what fits
+};
+
+std::vector<GroupedWgradInstance> grouped_wgrad_instances();
+void launch_grouped_wgrad(const GroupedWgradParams& params);
+
 }  // namespace deepseek_kernels
