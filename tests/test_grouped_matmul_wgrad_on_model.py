@@ -79,9 +79,7 @@ def test_gradient(model, case, tile):
     offsets, rows, n, k, clusters = CASES[case]
 
     def run(seed):
-        run_wgrad(
-            model, offsets, rows, n, k, tile=tile, clusters=clusters, raster=1 + seed % 3, ld_pad=seed % 2 * 8
-        )
+        run_wgrad(model, offsets, rows, n, k, tile=tile, clusters=clusters, raster=1 + seed % 3, ld_pad=seed % 2 * 8)
 
     harness.under_every_schedule(run, harness.SEEDS[:20] if harness.FULL else harness.SEEDS[:4])
 

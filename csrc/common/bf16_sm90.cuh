@@ -28,14 +28,15 @@ constexpr int kRowBytes = 128;  // of 64 elements: a swizzled row of either kind
 constexpr int kMathThreads = 2 * kGroupThreads;
 
 // kMajorMnX, kMajorMnY: that operand is MN-major. kClearsTail: the k of a tile end where it says, and what lies behind
-// is somebody else's; otherwise they end where the tensor ends, and TMA gives zeros. kReserved: bytes of shared memory
-// for the kernel's own purposes.
-template <int kCols_, int kCluster_, bool kMajorMnX_, bool kMajorMnY_, bool kClearsTail_, int kReserved>
+// is somebody else's; otherwise they end where the tensor ends, and TMA gives zeros. kNarrow: rows of y that a narrow
+// tile has, 0 where there are none. kReserved: bytes of shared memory for the kernel's own purposes.
+template <int kCols_, int kCluster_, bool kMajorMnX_, bool kMajorMnY_, bool kClearsTail_, int kNarrow_, int kReserved>
 struct Config {
   using Out = __nv_bfloat16;
   static constexpr int kRows = 2 * kWaveRows, kCols = kCols_, kWaves = 1;
   static constexpr int kCluster = kCluster_, kFetchers = kCluster;
   static constexpr bool kMajorMnX = kMajorMnX_, kMajorMnY = kMajorMnY_, kClearsTail = kClearsTail_;
+  static constexpr int kNarrow = kNarrow_;
   static constexpr int kThreads = 3 * kGroupThreads;
   static constexpr int kSums = kCols / 2;                   // a thread
   static constexpr int kBoxX = kMajorMnX ? kTileK : kRows;  // rows of a TMA load
@@ -45,7 +46,8 @@ struct Config {
   static constexpr int kStages = (kSharedBytes - kReserved - kStagedBytes - 128) / (kStageBytes + 16);
   static_assert(kCols % 16 == 0 && kStages >= 3);
   static_assert(!kMajorMnY || kCols / kCluster % kTileK == 0);
-  static_assert(!kClearsTail || (kMajorMnX && kMajorMnY));
+  static_assert(!kClearsTail || (kMajorMnX && kMajorMnY && kNarrow == 0));
+  static_assert(kNarrow % (kCols / kCluster) == 0 && (kNarrow == 0 || !kMajorMnY));
 
   struct Smem {
     alignas(1024) uint8_t x[kStages][kRows * kRowBytes];
@@ -67,6 +69,7 @@ struct Tile {
   int x0, y0;              // first row of x and of y
   int k0 = 0, k;           // from k0 on
   int matrix_x, matrix_y;  // of the tensor maps
+  bool narrow = false;
   DEVICE_FN int k_blocks() const { return ceil_div(k, kTileK); }
 };
 
@@ -110,9 +113,12 @@ DEVICE_FN void load_tiles(typename C::Smem& s, const OperandMaps& maps, Work wor
       uint64_t* full = &s.full[r.stage];
       const int k = t.k0 + kb * kTileK;
       mbarrier_wait(&s.empty[r.stage], r.phase ^ 1);
-      mbarrier_arrive_and_expect_tx(full, C::kStageBytes + (BUG(expect_too_many_bytes) ? 16 : 0));
+      const bool narrow = C::kNarrow > 0 && t.narrow;
+      const int bytes = C::kStageBytes - (narrow ? (C::kCols - C::kNarrow) * kRowBytes : 0);
+      mbarrier_arrive_and_expect_tx(full, bytes + (BUG(expect_too_many_bytes) ? 16 : 0));
       load_operand<C::kRows, C::kMajorMnX, 1>(s.x[r.stage], maps.x, full, t.x0, k, t.matrix_x, rank);
-      load_operand<C::kCols, C::kMajorMnY, C::kFetchers>(s.y[r.stage], maps.y, full, t.y0, k, t.matrix_y, rank);
+      if (!narrow || rank * (C::kCols / C::kFetchers) < C::kNarrow)
+        load_operand<C::kCols, C::kMajorMnY, C::kFetchers>(s.y[r.stage], maps.y, full, t.y0, k, t.matrix_y, rank);
     }
   }
   grid_dependency_launch();
@@ -136,8 +142,8 @@ DEVICE_FN void clear_tail(typename C::Smem& s, int stage, int valid) {
 }
 
 // Starts the products of a stage with the warpgroup's 64 rows of x; added to what `sum` holds if `keep`.
-template <class C>
-DEVICE_FN void start_product(typename C::Smem& s, int stage, int group, bool keep, float (&sum)[C::kSums]) {
+template <class C, int kCols>
+DEVICE_FN void start_product(typename C::Smem& s, int stage, int group, bool keep, float (&sum)[kCols / 2]) {
   constexpr int kBlockBytes = kTileK * kRowBytes;  // of 64 rows, in either order
   constexpr uint64_t kStepK = 16 * 2 >> 4, kStepMn = 16 * kRowBytes >> 4;
   const uint8_t* const x = s.x[stage] + (BUG(rows_of_first_warpgroup) ? 0 : group) * kBlockBytes;
@@ -147,27 +153,28 @@ DEVICE_FN void start_product(typename C::Smem& s, int stage, int group, bool kee
   if (!BUG(wgmma_fence_missing)) wgmma_fence(sum);
 #pragma unroll
   for (int step = 0; step < kTileK / 16; ++step)
-    wgmma_bf16<C::kCols, C::kMajorMnX, C::kMajorMnY>(
+    wgmma_bf16<kCols, C::kMajorMnX, C::kMajorMnY>(
         sum, desc_x + step * (C::kMajorMnX ? kStepMn : kStepK),
         desc_y + step * (C::kMajorMnY && !BUG(steps_along_k) ? kStepMn : kStepK), step > 0 || keep);
   wgmma_commit();
 }
 
-// sum = the products of one tile over all of its k. What meanwhile() does is hidden behind the last of them.
-template <class C, class Meanwhile>
-DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group, float (&sum)[C::kSums],
-                             const Meanwhile& meanwhile) {
+// sum = the products of one tile with kCols rows of y, over all of its k. What meanwhile() does is hidden behind the
+// last of them.
+template <class C, int kCols, class Meanwhile>
+DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group,
+                             float (&sum)[kCols / 2], const Meanwhile& meanwhile) {
   const int blocks = t.k_blocks();
   auto start = [&](int block) {
     if (!BUG(full_wait_missing)) mbarrier_wait(&s.full[r.stage], r.phase);
     if constexpr (C::kClearsTail) {
       if (block == blocks - 1 && t.k % kTileK != 0) clear_tail<C>(s, r.stage, t.k % kTileK);
     }
-    start_product<C>(s, r.stage, group, block > 0 || BUG(sums_of_last_tile_kept), sum);
+    start_product<C, kCols>(s, r.stage, group, block > 0 || BUG(sums_of_last_tile_kept), sum);
   };
   if (blocks == 0) {
 #pragma unroll
-    for (int i = 0; i < C::kSums; ++i) sum[i] = 0.f;
+    for (int i = 0; i < kCols / 2; ++i) sum[i] = 0.f;
     meanwhile();
     return;
   }
@@ -209,11 +216,17 @@ DEVICE_FN void work_in_roles(typename C::Smem& s, const OperandMaps& maps, const
     if (more) t = work.tile();
     while (more) {
       float sum[C::kSums];
-      multiply_tile<C>(s, r, t, group, sum, [&] {
+      const auto find_next = [&] {
         work.next();
         more = !work.done();
         if (more) next = work.tile();
-      });
+      };
+      if (C::kNarrow > 0 && t.narrow) {
+        constexpr int kCols = C::kNarrow > 0 ? C::kNarrow : C::kCols;
+        multiply_tile<C, kCols>(s, r, t, group, reinterpret_cast<float (&)[kCols / 2]>(sum), find_next);
+      } else {
+        multiply_tile<C, C::kCols>(s, r, t, group, sum, find_next);
+      }
       finish(t, group, sum);
       t = next;
     }

@@ -4,7 +4,8 @@
 //           cost no more than they must; b is K-major, or MN-major where its n lie side by side (the gradient of a). No
 //           tile and no cluster has rows of two groups: clusters lie along n, and have the rows of a in common. The
 //           rows below a group's last one that a tile loads belong to somebody else: they meet only their own sums,
-//           which are not stored. Two warps write zeros to the rows of no group.
+//           which are not stored; where they are half of 256, they are neither loaded nor multiplied. Two warps write
+//           zeros to the rows of no group.
 // Pipeline: common/bf16_sm90.cuh. The products are those of d^T, and are transposed on their way to the staging buffer
 //           (common/store_sm90.cuh), which a tile leaves while the next one is multiplied.
 // Schedule: common/groups_sm90.cuh.
@@ -23,7 +24,8 @@ using namespace bf16;
 static_assert(kMaxGroups == kGroupedMatmulMaxGroups);
 
 template <int kTileM_, int kClusterN_, bool kTransposed_>
-struct ForwardConfig : Config<kTileM_, kClusterN_, kTransposed_, false, false, int(sizeof(Groups))> {
+struct ForwardConfig
+    : Config<kTileM_, kClusterN_, kTransposed_, false, false, kTileM_ == 256 ? 128 : 0, int(sizeof(Groups))> {
   static constexpr int kTileM = kTileM_, kTileN = 2 * kWaveRows, kClusterM = 1, kClusterN = kClusterN_;
   static constexpr bool kTransposed = kTransposed_, kSwap = true;
   // A box of the staging buffer and of a TMA store.
@@ -52,6 +54,7 @@ class Work : public GroupWork<C, GroupedMatmulParams> {
     t.x0 = n0, t.matrix_x = BUG(weights_of_first_group) ? 0 : group;
     t.y0 = t.row, t.matrix_y = 0;
     t.k = int(this->p_.k);
+    t.narrow = t.rows <= (BUG(narrow_too_early) ? 2 : 1) * C::kNarrow;
     return t;
   }
 };

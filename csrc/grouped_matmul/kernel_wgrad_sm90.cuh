@@ -28,7 +28,7 @@ struct Rows {
 
 // kTileM of n, kTileN of k.
 template <int kTileN_, int kClusterM_>
-struct WgradConfig : Config<kTileN_, kClusterM_, true, true, true, int(sizeof(Rows))> {
+struct WgradConfig : Config<kTileN_, kClusterM_, true, true, true, 0, int(sizeof(Rows))> {
   static constexpr int kTileM = 2 * kWaveRows, kTileN = kTileN_, kClusterM = kClusterM_, kClusterN = 1;
   static constexpr bool kSwap = false;
   // A box of the staging buffer and of a TMA store.
