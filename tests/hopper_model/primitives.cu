@@ -370,6 +370,29 @@ __global__ void wgmma_16bit(uint8_t* out, const __grid_constant__ TensorMap map_
   write_fragment(out, d);
 }
 
+// Both operands stored as [k][m] and [k][n], in blocks of 64 columns.
+template <int kN>
+__global__ void wgmma_mn_major(uint8_t* out, const __grid_constant__ TensorMap map_a,
+                               const __grid_constant__ TensorMap map_b) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_and_expect_tx(&s.bar[0], (64 + kN) * 128);
+    tma_load_2d(s.a, map_a, &s.bar[0], 0, 0);
+    for (int n = 0; n < kN; n += 64) tma_load_2d(s.b + n * 128, map_b, &s.bar[0], n, 0);
+  }
+  mbarrier_wait(&s.bar[0], 0);
+  float d[kN / 2];
+  wgmma_fence(d);
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    wgmma_bf16<kN, 1, 1>(d, desc_mn_b128(s.a, 64 * 128) + k * (16 * 128 >> 4),
+                         desc_mn_b128(s.b, 64 * 128) + k * (16 * 128 >> 4), k != 0);
+  wgmma_commit();
+  wgmma_wait<0>(d);
+  write_fragment(out, d);
+}
+
 DEVICE_FN float bf16_of(int pattern) { return __uint_as_float(uint32_t(pattern) << 16); }
 
 __global__ void e4m3_of_every_bf16(uint8_t* out) {
@@ -490,6 +513,11 @@ void run_all() {
   record("wgmma_bf16", wgmma_16bit<false, 0>, 1, 128, 1, map_c, map_d);
   record("wgmma_bf16_b_mn_major", wgmma_16bit<false, 1>, 1, 128, 1, map_c, map_d);
   record("wgmma_bf16_a_in_registers", wgmma_16bit<true, 0>, 1, 128, 1, map_c, map_d);
+  Buffer<__nv_bfloat16> wide(64 * 256);
+  for (size_t i = 0; i < wide.size(); ++i) wide[i] = __float2bfloat16_rn(values[(i * 3 + i / 32 + i / 7) % 8]);
+  const TensorMap map_wide = map_of(Element::kBf16, wide.data(), 256, 64, 64, 64, Swizzle::k128);
+  record("wgmma_bf16_mn_major_128", wgmma_mn_major<128>, 1, 128, 1, map_c, map_wide);
+  record("wgmma_bf16_mn_major_256", wgmma_mn_major<256>, 1, 128, 1, map_c, map_wide);
 
   record("e4m3_of_every_bf16", e4m3_of_every_bf16, 1, 128, 1);
   record("scales_and_quotients", scales_and_quotients, 1, 128, 1);
