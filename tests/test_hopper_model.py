@@ -136,9 +136,7 @@ def test_mn_major_operands_in_the_model(primitives_in_model, n):
     i, j = torch.arange(64 * 64), torch.arange(64 * 256)
     a, b = values[(i * 5 + i // 64) % 8].view(64, 64), values[(j * 3 + j // 32 + j // 7) % 8].view(64, 256)
     got = as_tensor(primitives_in_model[f"wgmma_bf16_mn_major_{n}"]).view(torch.float32)[: 128 * n // 2]
-    got = got.view(
-        4, 8, 4, n // 8, 2, 2
-    )  # warp, row, pair of columns, block of 8 columns, upper or lower 8 rows, column
+    got = got.view(4, 8, 4, n // 8, 2, 2)  # warp, row, pair of columns, 8 columns, 8 rows, column of the pair
     assert torch.equal(got.permute(0, 4, 1, 3, 2, 5).reshape(64, n), (a.T @ b)[:, :n])
 
 
