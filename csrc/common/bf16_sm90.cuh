@@ -9,9 +9,8 @@
 //           math warpgroups  full[stage]    starts four wgmma, then awaits those of     empty[stage before], every CTA
 //                                           the stage before
 //           What becomes of the sums is in store_sm90.cuh.
-// Why:      y has the side of wgmma that may have 256 columns. In bytes a clock of wgmma time, of 128 that shared
-// memory
-//           has, and of what L2 has to give each SM:
+// Why:      y has the side of wgmma that may have 256 columns. Bytes a clock of wgmma time; shared memory has 128 for
+//           the first two:
 //           tile of x by y               128x256   128x128   128x64
 //           read by wgmma                   80        96       128
 //           written by TMA                  48        64        96

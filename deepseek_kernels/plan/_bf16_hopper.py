@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from ..device import DeviceSpec
 from ..shapes import ceil_div
@@ -17,6 +18,8 @@ OFFSETS = 4 * (CUDA_MAX_EXPERTS + 1)  # bytes of shared memory for the first row
 INSTANCES = {"forward": ((16, 1), (64, 1), (128, 2), (256, 2)), "wgrad": ((128, 1), (256, 2))}
 """What csrc/grouped_matmul compiles: rows of y a tile, and how many CTAs have them in common. Forward, y are the rows
 of a, and x those of b; the gradient has n as x and k as y."""
+NARROW = {256: 0.625}
+"""Columns -> what the last tile of an expert costs, in tiles, where its rows are at most half of that."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def _config(columns: int, cluster: int, s: Size, device: DeviceSpec) -> CudaConf
         raster = hopper.group_of(ceil_div(s.rows, columns), columns, ROWS * cluster, resident)
         return CudaConfig(columns, cluster, raster, resident * cluster)
     raster = hopper.group_of(ceil_div(s.n, ROWS * cluster), ROWS * cluster, columns, resident)
-    ctas = cluster * max(1, min(resident, _clusters(columns, cluster, s)))
+    ctas = cluster * max(1, min(resident, ceil(_clusters(columns, cluster, s))))
     return CudaConfig(columns, cluster, raster, ctas)
 
 
@@ -69,20 +72,23 @@ def stages(columns: int, kind: str) -> int:
     return room // ((ROWS + columns) * STEP * 2 + 16)
 
 
-def _clusters(columns: int, cluster: int, s: Size) -> int:
-    """Of tiles. Experts of any number of rows fill all of their tiles but the last one, and on average half of that."""
+def _clusters(columns: int, cluster: int, s: Size) -> float:
+    """Of whole tiles. Experts of any number of rows fill all of their tiles but the last one, and on average half of
+    that."""
     along_x = ceil_div(s.n, ROWS * cluster)
     if s.kind == "wgrad":
         return s.experts * along_x * ceil_div(s.k, columns)
-    if not s.spread:
-        return s.experts * along_x * ceil_div(s.rows, columns)
-    return ceil_div(s.experts * (2 * s.rows + columns), 2 * columns) * along_x
+    narrow = NARROW.get(columns, 1.0)
+    if s.spread:
+        return s.experts * along_x * max(narrow, s.rows / columns - 0.5 + (1 + narrow) / 2)
+    whole, rest = divmod(s.rows, columns)
+    return s.experts * along_x * (whole + (narrow if 0 < 2 * rest <= columns else rest > 0))
 
 
 def seconds(c: CudaConfig, s: Size, device: DeviceSpec) -> float:
     """Waves of tiles, each as long as the slower of its math and its reads, and never less than the traffic of the
     whole problem; the first load and the last store overlap with nothing."""
-    waves = ceil_div(_clusters(c.columns, c.cluster, s), max(device.num_sms // c.cluster, 1))
+    waves = ceil(_clusters(c.columns, c.cluster, s) / max(device.num_sms // c.cluster, 1))
     steps = ceil_div(s.k if s.kind == "forward" else s.rows, STEP)
     finish = hopper.FINISH + hopper.FINISH_ELEMENT * ROWS * c.columns
     busy = waves * steps * _step(c, s, device) + (waves - 1) * finish
