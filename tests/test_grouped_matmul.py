@@ -235,7 +235,7 @@ def test_every_hopper_instance_is_somebodys_best(kind):
             assert c.raster >= 1 and c.ctas % c.cluster == 0 and c.cluster <= c.ctas <= H200.num_sms
             picked.add((c.columns, c.cluster))
     assert picked == set(bf16_hopper.INSTANCES[kind])
-    assert "compiled instances" in plan.is_legal(bf16_hopper.CudaConfig(32, 1), plan.Problem(kind, 8, 8, 8, 1), H200)
+    assert "compiled instances" in plan.is_legal(plan.CudaConfig(32, 1), plan.Problem(kind, 8, 8, 8, 1), H200)
 
 
 def test_the_hopper_kernels_tile_follows_the_rows_per_expert():

@@ -7,6 +7,7 @@ from ..device import DeviceSpec
 from ..shapes import BLOCK, ceil_div
 from . import _fp8_hopper as hopper
 from . import _fp8_wgrad as wgrad
+from ._fp8_wgrad import WgradConfig
 from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -53,7 +54,7 @@ class CudaConfig(hopper.Tile):
     ctas: int = 1
 
 
-AnyConfig = Config | CudaConfig | wgrad.WgradConfig
+AnyConfig = Config | CudaConfig | WgradConfig
 
 
 def flops(p: Problem) -> int:
@@ -221,7 +222,7 @@ def shared_memory(c: Config) -> int:
 
 def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
     """Why not; empty if it is."""
-    if isinstance(c, wgrad.WgradConfig):
+    if isinstance(c, WgradConfig):
         return wgrad.is_legal(c)
     if isinstance(c, CudaConfig):
         known = astuple(c)[: len(fields(hopper.Tile))] in INSTANCES.get(p.out_dtype, ())
@@ -252,7 +253,7 @@ DECODE_OPERATIONS = 3  # per e4m3 value where the tensor cores take none
 def cost(c: AnyConfig, p: Problem, device: DeviceSpec) -> float:
     """Seconds: waves of tiles, each as long as the slower of its math and its reads, and never less than the memory
     traffic of the whole problem."""
-    if isinstance(c, wgrad.WgradConfig):
+    if isinstance(c, WgradConfig):
         return wgrad.seconds(c, _wgrad_size(p), device)
     return _cost_cuda(c, p, device) if isinstance(c, CudaConfig) else _cost_triton(c, p, device)
 

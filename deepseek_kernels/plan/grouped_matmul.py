@@ -7,6 +7,7 @@ from typing import Literal
 from ..device import DeviceSpec
 from ..shapes import ceil_div
 from . import _bf16_hopper as bf16
+from ._bf16_hopper import CudaConfig
 from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -55,7 +56,7 @@ class Config:
     num_programs: int = 0
 
 
-AnyConfig = Config | bf16.CudaConfig
+AnyConfig = Config | CudaConfig
 
 
 def flops(p: Problem) -> int:
@@ -213,7 +214,7 @@ def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
 
 
 def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
-    if isinstance(c, bf16.CudaConfig):
+    if isinstance(c, CudaConfig):
         return bf16.is_legal(c, p.kind)
     if device.kind == "cpu":
         return ""
@@ -233,7 +234,7 @@ def cost(c: AnyConfig, p: Problem, device: DeviceSpec) -> float:
     Triton: waves of resident programs, each as long as its tile's matmul or its tile's loads from L2, whichever is
     longer. A tensor core below 64 rows runs at about half its rate.
     """
-    if isinstance(c, bf16.CudaConfig):
+    if isinstance(c, CudaConfig):
         return bf16.seconds(c, _size(p), device)
     element = ELEMENT_BYTES[p.dtype]
     rows = ceil_div(p.num_rows, max(p.busy_experts, 1))
