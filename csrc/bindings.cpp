@@ -368,15 +368,15 @@ void bind_grouped_matmul_wgrad(py::module_& m) {
   m.def(
       "grouped_matmul_wgrad",
       [](address grad, address a, address groups, address d, int64_t num_rows, int64_t n, int64_t k, int num_groups,
-         int64_t ld_grad, int64_t lda, int tile_n, int cluster_m, int raster, int ctas, address stream) {
+         int64_t ld_grad, int64_t lda, int out_dtype, int tile_n, int cluster_m, int raster, int ctas, address stream) {
         launch_grouped_wgrad({at<void>(grad), at<void>(a), at<int32_t>(groups), at<void>(d), num_rows, n, k, num_groups,
-                              ld_grad, lda, tile_n, cluster_m, raster, ctas, at<void>(stream)});
+                              ld_grad, lda, Dtype(out_dtype), tile_n, cluster_m, raster, ctas, at<void>(stream)});
       },
       kw_only(), "grad"_a, "a"_a, "groups"_a, "d"_a, "num_rows"_a, "n"_a, "k"_a, "num_groups"_a, "ld_grad"_a, "lda"_a,
-      "tile_n"_a, "cluster_m"_a, "raster"_a, "ctas"_a, "stream"_a, release_gil());
+      "out_dtype"_a, "tile_n"_a, "cluster_m"_a, "raster"_a, "ctas"_a, "stream"_a, release_gil());
   py::list instances;
   for (const GroupedWgradInstance& i : grouped_wgrad_instances())
-    instances.append(py::make_tuple(i.tile_m, i.tile_n, i.cluster_m, i.stages));
+    instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.cluster_m, i.stages));
   m.attr("grouped_matmul_wgrad_instances") = py::tuple(instances);
 }
 #endif

@@ -394,8 +394,8 @@ def grouped_matmul(
     the next column. Anything not among `grouped_matmul_instances` raises.
     """
 
-grouped_matmul_wgrad_instances: tuple[tuple[int, int, int, int], ...]
-"""What `grouped_matmul_wgrad` was compiled for: (tile_m, tile_n, cluster_m), and the stages of each."""
+grouped_matmul_wgrad_instances: tuple[tuple[int, int, int, int, int], ...]
+"""What `grouped_matmul_wgrad` was compiled for: (out_dtype, tile_m, tile_n, cluster_m), and the stages of each."""
 
 def grouped_matmul_wgrad(
     *,
@@ -409,18 +409,19 @@ def grouped_matmul_wgrad(
     num_groups: int,
     ld_grad: int,
     lda: int,
+    out_dtype: int,
     tile_n: int,
     cluster_m: int,
     raster: int,
     ctas: int,
     stream: int,
 ) -> None:
-    """d[g] = grad[rows of g]^T @ a[rows of g] in bf16; sm_90a only.
+    """d[g] = grad[rows of g]^T @ a[rows of g] of bf16; sm_90a only.
 
-    grad [num_rows, n]; a [num_rows, k]; d [num_groups, n, k] contiguous; groups as for `grouped_matmul`, one without
-    rows gives zeros. Needs grad, a, d 16-byte aligned, ld_grad, lda and k multiples of 8, num_rows of at least 1.
-    tile_m is of n, tile_n of k; cluster_m tiles along n fetch their rows of a for each other. `raster` and `ctas` as
-    for `grouped_matmul`. Anything not among `grouped_matmul_wgrad_instances` raises.
+    grad [num_rows, n]; a [num_rows, k]; d [num_groups, n, k] contiguous of `out_dtype` BF16 or FP32; groups as for
+    `grouped_matmul`, one without rows gives zeros. Needs grad, a, d 16-byte aligned, ld_grad, lda and k multiples of 8,
+    num_rows of at least 1. tile_m is of n, tile_n of k; cluster_m tiles along n fetch their rows of a for each other.
+    `raster` and `ctas` as for `grouped_matmul`. Anything not among `grouped_matmul_wgrad_instances` raises.
     """
 
 class cpu:

@@ -167,12 +167,14 @@ def test_the_weight_gradient_copies_what_the_hopper_kernel_cannot_address():
 
 def test_the_plan_of_grouped_matmul_knows_the_compiled_instances(model):
     forward = {(tile, cluster, t): stages for tile, _, cluster, t, stages in model.grouped_matmul_instances}
-    wgrad = {(tile, cluster): stages for _, tile, cluster, stages in model.grouped_matmul_wgrad_instances}
     assert forward.keys() == {(*i, t) for i in bf16_hopper.INSTANCES["forward"] for t in (False, True)}
-    assert wgrad.keys() == set(bf16_hopper.INSTANCES["wgrad"])
-    for kind, compiled in (("forward", forward), ("wgrad", wgrad)):
-        for (columns, *_), stages in compiled.items():
-            assert stages == bf16_hopper.stages(columns, kind), (kind, columns)
+    for (columns, *_), stages in forward.items():
+        assert stages == bf16_hopper.stages(columns, "forward"), columns
+    names, compiled = {model.BF16: "bfloat16", model.FP32: "float32"}, {}
+    for dtype, _, columns, cluster, stages in model.grouped_matmul_wgrad_instances:
+        compiled.setdefault(names[dtype], set()).add((columns, cluster))
+        assert stages == bf16_hopper.stages(columns, "wgrad", names[dtype]), (dtype, columns)
+    assert compiled == {dtype: set(bf16_hopper.INSTANCES["wgrad"]) for dtype in bf16_hopper.OUT_DTYPES["wgrad"]}
 
 
 def test_grouped_matmul_copies_what_the_hopper_kernel_cannot_address():

@@ -28,10 +28,12 @@ constexpr int kMathThreads = 2 * kGroupThreads;
 
 // kMajorMnX, kMajorMnY: that operand is MN-major. kClearsTail: the k of a tile end where it says, and what lies behind
 // is somebody else's; otherwise they end where the tensor ends, and TMA gives zeros. kNarrow: rows of y that a narrow
-// tile has, 0 where there are none. kReserved: bytes of shared memory for the kernel's own purposes.
-template <int kCols_, int kCluster_, bool kMajorMnX_, bool kMajorMnY_, bool kClearsTail_, int kNarrow_, int kReserved>
+// tile has, 0 where there are none. Out: of the result, staged where it is bf16. kReserved: bytes of shared memory for
+// the kernel's own purposes.
+template <class Out_, int kCols_, int kCluster_, bool kMajorMnX_, bool kMajorMnY_, bool kClearsTail_, int kNarrow_,
+          int kReserved>
 struct Config {
-  using Out = __nv_bfloat16;
+  using Out = Out_;
   static constexpr int kRows = 2 * kWaveRows, kCols = kCols_, kWaves = 1;
   static constexpr int kCluster = kCluster_, kFetchers = kCluster;
   static constexpr bool kMajorMnX = kMajorMnX_, kMajorMnY = kMajorMnY_, kClearsTail = kClearsTail_;
@@ -41,8 +43,9 @@ struct Config {
   static constexpr int kBoxX = kMajorMnX ? kTileK : kRows;  // rows of a TMA load
   static constexpr int kBoxY = kMajorMnY ? kTileK : kCols / kCluster;
   static constexpr int kStageBytes = (kRows + kCols) * kRowBytes;
-  static constexpr int kSize = int(sizeof(Out)), kStagedBytes = kRows * kCols * kSize;
-  static constexpr int kStages = (kSharedBytes - kReserved - kStagedBytes - 128) / (kStageBytes + 16);
+  static constexpr int kSize = int(sizeof(Out)), kStagedBytes = kSize == 2 ? kRows * kCols * kSize : 0;
+  static constexpr int kStages =
+      (kSharedBytes - kReserved - (kStagedBytes ? kStagedBytes + 128 : 1152)) / (kStageBytes + 16);
   static_assert(kCols % 16 == 0 && kStages >= 3);
   static_assert(!kMajorMnY || kCols / kCluster % kTileK == 0);
   static_assert(!kClearsTail || (kMajorMnX && kMajorMnY && kNarrow == 0));
@@ -51,7 +54,7 @@ struct Config {
   struct Smem {
     alignas(1024) uint8_t x[kStages][kRows * kRowBytes];
     alignas(1024) uint8_t y[kStages][kCols * kRowBytes];
-    alignas(1024) uint8_t d[2][kWaves][kStagedBytes / 2];
+    alignas(1024) uint8_t d[2][kWaves][kStagedBytes ? kStagedBytes / 2 : 1];
     alignas(8) uint64_t full[kStages];
     uint64_t empty[kStages];
   };

@@ -23,8 +23,8 @@ using namespace bf16;
 static_assert(kMaxGroups == kGroupedMatmulMaxGroups);
 
 template <int kTileM_, int kClusterN_, bool kTransposed_>
-struct ForwardConfig
-    : Config<kTileM_, kClusterN_, kTransposed_, false, false, kTileM_ == 256 ? 128 : 0, int(sizeof(Groups))> {
+struct ForwardConfig : Config<__nv_bfloat16, kTileM_, kClusterN_, kTransposed_, false, false, kTileM_ == 256 ? 128 : 0,
+                              int(sizeof(Groups))> {
   static constexpr int kTileM = kTileM_, kTileN = 2 * kWaveRows, kClusterM = 1, kClusterN = kClusterN_;
   static constexpr bool kTransposed = kTransposed_, kSwap = true;
   // A box of the staging buffer and of a TMA store.

@@ -7,11 +7,15 @@ namespace {
 using namespace grouped_matmul;
 
 template <class C>
+constexpr Dtype kOutDtype = C::kSize == 2 ? Dtype::kBf16 : Dtype::kFp32;
+
+template <class C>
 bool launch_if_asked_for(const GroupedWgradParams& p) {
-  if (p.tile_n != C::kTileN || p.cluster_m != C::kClusterM) return false;
+  if (p.out_dtype != kOutDtype<C> || p.tile_n != C::kTileN || p.cluster_m != C::kClusterM) return false;
   const Matrices grad = {p.grad, 1, p.num_rows, p.n, p.ld_grad, 0}, a = {p.a, 1, p.num_rows, p.k, p.lda, 0};
   const Matrices d = {p.d, p.num_groups, p.n, p.k, p.k, p.n * p.k};
-  const WgradMaps maps = {{grad.map(C::kBoxX), a.map(C::kBoxY)}, d.map(C::kBoxM)};
+  WgradMaps maps = {{grad.map(C::kBoxX), a.map(C::kBoxY)}, {}};
+  if constexpr (C::kStagedBytes > 0) maps.d = d.map(C::kBoxM);
   launch(wgrad_kernel<C>, launch_config<C>(p.ctas, sizeof(WgradSmem<C>), p.stream), maps, p);
   return true;
 }
@@ -19,13 +23,15 @@ bool launch_if_asked_for(const GroupedWgradParams& p) {
 template <class... Configs>
 struct Compiled {
   static std::vector<GroupedWgradInstance> instances() {
-    return {{Configs::kTileM, Configs::kTileN, Configs::kClusterM, Configs::kStages}...};
+    return {{kOutDtype<Configs>, Configs::kTileM, Configs::kTileN, Configs::kClusterM, Configs::kStages}...};
   }
   static bool launch(const GroupedWgradParams& p) { return (launch_if_asked_for<Configs>(p) || ...); }
 };
 
-// tile_n, cluster_m
-using Instances = Compiled<WgradConfig<128, 1>, WgradConfig<256, 2>>;
+// out, tile_n, cluster_m
+using Bf16 = __nv_bfloat16;
+using Instances = Compiled<WgradConfig<Bf16, 128, 1>, WgradConfig<Bf16, 256, 2>, WgradConfig<float, 128, 1>,
+                           WgradConfig<float, 256, 2>>;
 
 }  // namespace
 
@@ -43,7 +49,8 @@ void launch_grouped_wgrad(const GroupedWgradParams& p) {
             p.k);
   const int64_t tiles = (p.n / 128 + 2) * (p.k / 128 + 2);
   DSK_CHECK(tiles * p.num_groups < kLargest, tiles, " tiles for each of ", p.num_groups, " experts");
-  DSK_CHECK(Instances::launch(p), "no instance for tile_n ", p.tile_n, ", cluster_m ", p.cluster_m);
+  DSK_CHECK(Instances::launch(p), "no instance for out_dtype ", int(p.out_dtype), ", tile_n ", p.tile_n, ", cluster_m ",
+            p.cluster_m);
 }
 
 }  // namespace deepseek_kernels

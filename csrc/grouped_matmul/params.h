@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/dtype.h"
+
 namespace deepseek_kernels {
 
 // Groups of rows of a, each times its own matrix of b.
@@ -37,11 +39,12 @@ struct GroupedWgradParams {
   const void* grad;       // [num_rows, n] bf16
   const void* a;          // [num_rows, k] bf16
   const int32_t* groups;  // [num_groups + 1] first rows
-  void* d;                // [num_groups, n, k] bf16, contiguous
+  void* d;                // [num_groups, n, k] of out_dtype, contiguous
   int64_t num_rows, n, k;
   int num_groups;
   static constexpr bool masked = false;
   int64_t ld_grad, lda;  // in elements
+  Dtype out_dtype;       // kBf16 or kFp32
   int tile_n;            // of k; of n always 128
   int cluster_m;         // tiles of a cluster, along n
   int raster;            // rows of clusters walked before the next column of tiles
@@ -50,6 +53,7 @@ struct GroupedWgradParams {
 };
 
 struct GroupedWgradInstance {
+  Dtype out_dtype;
   int tile_m, tile_n, cluster_m;
   int stages;  // chosen by what fits
 };

@@ -163,7 +163,7 @@ def _cuda(config, a, b, expert_offsets, out_dtype):
 
 
 def _cuda_wgrad(config, grad, a, expert_offsets, out_dtype):
-    out = _allocate.empty((expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1]), a.dtype, a.device)
+    out = _allocate.empty((expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1]), out_dtype or a.dtype, a.device)
     if out.numel() == 0:
         return out
     if a.shape[0] == 0:
@@ -173,8 +173,8 @@ def _cuda_wgrad(config, grad, a, expert_offsets, out_dtype):
     _extension.module().grouped_matmul_wgrad(
         grad=address(grad), a=address(a), groups=address(expert_offsets), d=address(out), num_rows=a.shape[0],
         n=out.shape[1], k=out.shape[2], num_groups=out.shape[0], ld_grad=grad.stride(0), lda=a.stride(0),
-        tile_n=config.columns, cluster_m=config.cluster, raster=config.raster, ctas=config.ctas,
-        stream=_extension.stream(a),
+        out_dtype=_extension.dtype_code(out.dtype), tile_n=config.columns, cluster_m=config.cluster,
+        raster=config.raster, ctas=config.ctas, stream=_extension.stream(a),
     )  # fmt: skip
     return out
 

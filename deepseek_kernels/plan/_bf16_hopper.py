@@ -18,6 +18,7 @@ OFFSETS = 4 * (CUDA_MAX_EXPERTS + 1)  # bytes of shared memory for the first row
 INSTANCES = {"forward": ((16, 1), (64, 1), (128, 2), (256, 2)), "wgrad": ((128, 1), (256, 2))}
 """What csrc/grouped_matmul compiles: rows of y a tile, and how many CTAs have them in common. Forward, y are the rows
 of a, and x those of b; the gradient has n as x and k as y."""
+OUT_DTYPES = {"forward": ("bfloat16",), "wgrad": ("bfloat16", "float32")}
 NARROW = {256: 0.625}
 """Columns -> what the last tile of an expert costs, in tiles, where its rows are at most half of that."""
 
@@ -65,10 +66,11 @@ def is_legal(c: CudaConfig, kind: str) -> str:
     return "" if (c.columns, c.cluster) in INSTANCES[kind] else "not among the compiled instances"
 
 
-def stages(columns: int, kind: str) -> int:
-    """That fit beside the staged result and the offsets; forward also the first tile of every group."""
+def stages(columns: int, kind: str, out_dtype: str = "bfloat16") -> int:
+    """That fit beside the result, which is staged if it is of bf16, and the offsets; forward also the first tile of
+    every group."""
     reserved = OFFSETS * (2 if kind == "forward" else 1)
-    room = hopper.SHARED_MEMORY - reserved - ROWS * columns * 2 - 128
+    room = hopper.SHARED_MEMORY - reserved - (ROWS * columns * 2 + 128 if out_dtype == "bfloat16" else 1152)
     return room // ((ROWS + columns) * STEP * 2 + 16)
 
 

@@ -94,8 +94,8 @@ def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
 
 
 def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
-    if (p.dtype, p.out_dtype) != ("bfloat16", "bfloat16"):
-        return f"takes and writes bfloat16, got {p.dtype} and {p.out_dtype}"
+    if p.dtype != "bfloat16" or p.out_dtype not in bf16.OUT_DTYPES[p.kind]:
+        return f"takes bfloat16 and writes {' or '.join(bf16.OUT_DTYPES[p.kind])}, got {p.dtype} and {p.out_dtype}"
     if p.n % 8 or p.k % 8 or p.k == 0:
         return f"needs n and k to be multiples of 8, k at least 8, got {p.n} and {p.k}"
     if p.num_experts > bf16.CUDA_MAX_EXPERTS:
