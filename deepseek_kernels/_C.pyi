@@ -704,7 +704,7 @@ class cpu:
         """out [num_tokens, heads, d_rope], contiguous, = x rotated by the angles of positions[t]; `inverse`: back."""
 
     @staticmethod
-    def moe_gate_workspace(*, num_experts: int, num_groups: int, threads: int) -> int:
+    def moe_gate_workspace(*, num_experts: int, num_groups: int, top_k: int, threads: int) -> int:
         """fp32 elements of workspace."""
 
     @staticmethod

@@ -277,12 +277,10 @@ void dot_many(const Rows& rows, const DotRow* a, int m, int64_t j, int64_t count
   for (int i = 0; i < m; ++i) {
     for (int64_t r = 0; r < count; r += 4) {
       const __m512 v = _mm512_loadu_ps(partial + (i * kPanelFours + r / 4) * 16);
-      // the four sums of each lane of 128 bits
-      const __m512 pairs = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1)),
-                   all = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E));
-      float lanes[16];
-      _mm512_storeu_ps(lanes, all);
-      for (int64_t q = 0; q < 4 && r + q < count; ++q) store(i, j + r + q, lanes[q * 4]);
+      const __m512 pairs = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));  // within lanes of 128 bits
+      float sums[16];
+      _mm512_storeu_ps(sums, _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E)));
+      for (int64_t q = 0; q < 4 && r + q < count; ++q) store(i, j + r + q, sums[q * 4]);
     }
   }
 }
