@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kRowsM = 4, kRowsN = 4;           // 16 partial sums in registers; the totals are touched once a block
 constexpr int64_t kPanel = 16, kColumns = 512;  // weight rows and columns decoded at a time: 16 KiB
-constexpr int kTileM = 8, kFours = 2;           // rows of a, and fours of weight rows, that meet in registers
+constexpr int kTileM = 6, kFours = kPanel / 4;  // rows of a, and fours of weight rows, that meet in registers
 constexpr int64_t kBlockColumns = 128, kStep = 64;
 constexpr int64_t kPrefetch = 1024;  // bytes ahead
 
@@ -186,12 +186,9 @@ void dot_stream(const Rows& rows, const DotRow* a, int64_t j, const Store& store
 // A panel's decoded columns [begin, end). A vector holds 8 columns of four weight rows; those of a four follow each
 // other in the order in which the values of a are.
 struct Panel {
-  int64_t begin, end;
+  int64_t j, begin, end;  // its first weight row
   const uint16_t* values;
-  float scales[kTileM][kColumns / kBlockColumns];  // with the rows of a of a tile, block by block
 };
-
-constexpr int kPanelFours = kPanel / 4;
 
 // What is decoded next, asked for line by line while this is multiplied.
 template <class Rows>
@@ -208,30 +205,33 @@ struct Ahead {
 };
 
 // partial += the scaled products of kM rows of a with the panel: four weight rows times four parts of the sum a vector.
-// `asked` lines are asked for at a block of columns.
+// `asked` lines are asked for every kStep columns. Not inlined: the loop needs every register.
 template <int kM, class Rows>
-void dot_panel(const DotRow* a, const Panel& panel, int asked, Ahead<Rows>& ahead, float* partial) {
-  for (int first = 0; first < kPanelFours; first += kFours) {
-    for (int64_t block = panel.begin; block < panel.end; block += kBlockColumns) {
-      __m512 sums[kM][kFours];
-      for (auto& row : sums)
-        for (__m512& v : row) v = _mm512_setzero_ps();
-      const uint16_t* w = panel.values + (first * kColumns + block - panel.begin) * 4;
-      for (int64_t c = block; c < block + kBlockColumns; c += 8, w += 32) {
-        if ((c - block) / 8 < asked) ahead.ask();
-        __m512i rows[kFours];
-        for (int f = 0; f < kFours; ++f) rows[f] = _mm512_loadu_si512(w + f * kColumns * 4);
+[[gnu::noinline]] void dot_panel(const Rows& rows, const DotRow* a, const Panel& panel, int asked, Ahead<Rows>& ahead,
+                                 float* partial) {
+  const uint16_t* x[kM];
+  for (int i = 0; i < kM; ++i) x[i] = a[i].value;
+  const uint16_t* w = panel.values;
+  for (int64_t block = panel.begin; block < panel.end; block += kBlockColumns) {
+    __m512 sums[kM][kFours];
+    for (auto& row : sums)
+      for (__m512& v : row) v = _mm512_setzero_ps();
+    for (int64_t step = block; step < block + kBlockColumns; step += kStep) {
+      for (int l = 0; l < asked; ++l) ahead.ask();
+      for (int64_t c = step; c < step + kStep; c += 8, w += 32) {
+        __m512i v[kFours];
+        for (int f = 0; f < kFours; ++f) v[f] = _mm512_loadu_si512(w + f * kColumns * 4);
         for (int i = 0; i < kM; ++i) {
-          const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a[i].value + c)));
-          for (int f = 0; f < kFours; ++f) sums[i][f] = dot(sums[i][f], x, rows[f]);
+          const __m512i eight = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x[i] + c)));
+          for (int f = 0; f < kFours; ++f) sums[i][f] = dot(sums[i][f], eight, v[f]);
         }
       }
-      for (int i = 0; i < kM; ++i) {
-        const __m512 scale = _mm512_set1_ps(panel.scales[i][(block - panel.begin) / kBlockColumns]);
-        float* total = partial + (i * kPanelFours + first) * 16;
-        for (int f = 0; f < kFours; ++f, total += 16)
-          _mm512_storeu_ps(total, _mm512_fmadd_ps(sums[i][f], scale, _mm512_loadu_ps(total)));
-      }
+    }
+    for (int i = 0; i < kM; ++i) {
+      const __m512 scale = _mm512_set1_ps(rows.scale(a[i], panel.j, block / kBlockColumns));
+      float* total = partial + i * kFours * 16;
+      for (int f = 0; f < kFours; ++f, total += 16)
+        _mm512_storeu_ps(total, _mm512_fmadd_ps(sums[i][f], scale, _mm512_loadu_ps(total)));
     }
   }
 }
@@ -243,12 +243,11 @@ void dot_many(const Rows& rows, const DotRow* a, int m, int64_t j, int64_t count
   const E4m3Decoder decode;
   uint16_t* values = reinterpret_cast<uint16_t*>(scratch);
   float* partial = scratch + kPanel * kColumns / 2;
-  std::memset(partial, 0, sizeof(float) * size_t(m * kPanelFours) * 16);
+  std::memset(partial, 0, sizeof(float) * size_t(m * kFours) * 16);
   const int tiles = (m + kTileM - 1) / kTileM;
   for (int64_t begin = 0; begin < rows.k; begin += kColumns) {
-    Panel panel;
-    panel.begin = begin, panel.end = padded_columns(rows.k - begin < kColumns ? rows.k : begin + kColumns);
-    panel.values = values;
+    const int64_t end = padded_columns(rows.k - begin < kColumns ? rows.k : begin + kColumns);
+    const Panel panel{j, begin, end, values};
     for (int64_t four = 0; four < kPanel; four += 4) {
       int64_t row[4];  // past the last it comes again, for nobody
       for (int r = 0; r < 4; ++r) row[r] = j + (four + r < count ? four + r : count - 1);
@@ -262,21 +261,18 @@ void dot_many(const Rows& rows, const DotRow* a, int m, int64_t j, int64_t count
     const bool more = panel.end < rows.k;
     Ahead<Rows> ahead{rows, more ? j : j + kPanel, more ? panel.end : 0, 0, int(kPanel) * Ahead<Rows>::kLines};
     if (!more && j + count >= last_row) ahead.end = 0;
-    const int steps = kPanelFours / kFours * int(panel.end - begin) / int(kBlockColumns) * tiles;
+    const int steps = int(panel.end - begin) / int(kStep) * tiles;
     const int asked = (ahead.end + steps - 1) / steps;
     for (int t = 0; t < tiles; ++t) {
       const int first = m * t / tiles, last = m * (t + 1) / tiles;
-      for (int i = first; i < last; ++i)
-        for (int64_t c = begin; c < panel.end; c += kBlockColumns)
-          panel.scales[i - first][(c - begin) / kBlockColumns] = rows.scale(a[i], j, c / kBlockColumns);
       with_count<kTileM>(last - first, [&](auto tag) {
-        dot_panel<decltype(tag)::kCount>(a + first, panel, asked, ahead, partial + first * kPanelFours * 16);
+        dot_panel<decltype(tag)::kCount>(rows, a + first, panel, asked, ahead, partial + first * kFours * 16);
       });
     }
   }
   for (int i = 0; i < m; ++i) {
     for (int64_t r = 0; r < count; r += 4) {
-      const __m512 v = _mm512_loadu_ps(partial + (i * kPanelFours + r / 4) * 16);
+      const __m512 v = _mm512_loadu_ps(partial + (i * kFours + r / 4) * 16);
       const __m512 pairs = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));  // within lanes of 128 bits
       float sums[16];
       _mm512_storeu_ps(sums, _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E)));
