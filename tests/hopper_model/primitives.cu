@@ -379,22 +379,26 @@ __global__ void wgmma_16bit(uint8_t* out, const __grid_constant__ TensorMap map_
   write_fragment(out, d);
 }
 
-// As mla_decode reads values: B stored as [k][n], four blocks of 64 n beside each other.
-__global__ void wgmma_wide(uint8_t* out, const __grid_constant__ TensorMap map_a,
-                           const __grid_constant__ TensorMap map_b) {
+// B stored as [k][n], kTransA: A as [k][m], in blocks of 64 columns.
+template <int kTransA, int kN>
+__global__ void wgmma_mn_major(uint8_t* out, const __grid_constant__ TensorMap map_a,
+                               const __grid_constant__ TensorMap map_b) {
   DYNAMIC_SMEM(raw);
   Shared& s = shared_with_barrier(raw, 1);
   if (threadIdx.x == 0) {
-    mbarrier_arrive_and_expect_tx(&s.bar[0], 5 * 64 * 128);
+    mbarrier_arrive_and_expect_tx(&s.bar[0], (64 + kN) * 128);
     tma_load_2d(s.a, map_a, &s.bar[0], 0, 0);
-    for (int block = 0; block < 4; ++block) tma_load_2d(s.b + block * 64 * 128, map_b, &s.bar[0], block * 64, 0);
+    for (int n = 0; n < kN; n += 64) tma_load_2d(s.b + n * 128, map_b, &s.bar[0], n, 0);
   }
   mbarrier_wait(&s.bar[0], 0);
-  float d[128] = {};
+  float d[kN / 2];
   wgmma_fence(d);
+  constexpr uint64_t kStepMn = 16 * 128 >> 4;
+  const uint64_t desc_a = kTransA ? desc_mn_b128(s.a, 64 * 128) : desc_k_b128(s.a);
 #pragma unroll
   for (int k = 0; k < 4; ++k)
-    wgmma_bf16<256, 0, 1>(d, desc_k_b128(s.a) + k * 2, desc_mn_b128(s.b, 64 * 128) + k * (16 * 128 >> 4), 1);
+    wgmma_bf16<kN, kTransA, 1>(d, desc_a + k * (kTransA ? kStepMn : 2), desc_mn_b128(s.b, 64 * 128) + k * kStepMn,
+                               k != 0);
   wgmma_commit();
   wgmma_wait<0>(d);
   write_fragment(out, d);
@@ -523,9 +527,11 @@ void run_all() {
   record("wgmma_bf16_b_mn_major", wgmma_16bit<__nv_bfloat16, false, 1>, 1, 128, 1, map_c, map_d);
   record("wgmma_bf16_a_in_registers", wgmma_16bit<__nv_bfloat16, true, 0>, 1, 128, 1, map_c, map_d);
   Buffer<__nv_bfloat16> wide(64 * 256);
-  for (size_t i = 0; i < wide.size(); ++i) wide[i] = __float2bfloat16_rn(values[(i * 3 + i / 256 + i / 7) % 8]);
-  record("wgmma_bf16_b_mn_major_256", wgmma_wide, 1, 128, 1, map_c,
-         map_of(Element::kBf16, wide.data(), 256, 64, 64, 64, Swizzle::k128));
+  for (size_t i = 0; i < wide.size(); ++i) wide[i] = __float2bfloat16_rn(values[(i * 3 + i / 32 + i / 7) % 8]);
+  const TensorMap map_wide = map_of(Element::kBf16, wide.data(), 256, 64, 64, 64, Swizzle::k128);
+  record("wgmma_bf16_b_mn_major_256", wgmma_mn_major<0, 256>, 1, 128, 1, map_c, map_wide);
+  record("wgmma_bf16_mn_major_128", wgmma_mn_major<1, 128>, 1, 128, 1, map_c, map_wide);
+  record("wgmma_bf16_mn_major_256", wgmma_mn_major<1, 256>, 1, 128, 1, map_c, map_wide);
   const TensorMap map_e = map_16bit(e.data()), map_f = map_16bit(f.data());
   record("wgmma_f16", wgmma_16bit<__half, false, 0>, 1, 128, 1, map_e, map_f);
   record("wgmma_f16_b_mn_major", wgmma_16bit<__half, false, 1>, 1, 128, 1, map_e, map_f);
