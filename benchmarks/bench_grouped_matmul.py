@@ -1,4 +1,4 @@
-"""Matmul of each expert's rows with its own weight, and the gradient of those weights, at DeepSeek-V3's sizes."""
+"""Matmul of each expert's rows with its own weight, and both gradients, at DeepSeek-V3's sizes."""
 
 import torch
 from common import Bench, Case, Peer
@@ -19,6 +19,7 @@ SMALL = Case("small", dict(num_experts=16, num_rows=256, n=256, k=256), quick=Tr
 CPU = Case("cpu 64x8", dict(num_experts=64, num_rows=512, n=1024, k=1024), devices=("cpu",))
 SIZES = [(e, rows, *nk) for e, rows in ((4, 8192), (8, 4096), (32, 512), (32, 20), (32, 1)) for nk in (GATE_UP, DOWN)]
 CASES = (SMALL, CPU, *(case(*size) for size in SIZES))
+DGRAD_CASES = (SMALL, *(case(e, rows, k, n) for e, rows, n, k in SIZES if rows in (512, 4096)))
 WGRAD_CASES = (SMALL, CPU, *(case(*size) for size in SIZES if size[1] >= 512))
 
 
@@ -33,6 +34,12 @@ def inputs(device, g, num_experts, num_rows, n, k):
     a = torch.randn(num_rows, k, device=device, generator=g).bfloat16()
     b = torch.randn(num_experts, n, k, device=device, generator=g).bfloat16()
     return a, b, uneven_offsets(device, g, num_experts, num_rows)
+
+
+def dgrad_inputs(device, g, num_experts, num_rows, n, k):
+    """What the gradient of a is computed of: b as the forward pass has it, transposed."""
+    a, b, expert_offsets = inputs(device, g, num_experts, num_rows, n, k)
+    return a, b.mT.contiguous().mT, expert_offsets
 
 
 def wgrad_inputs(device, g, num_experts, num_rows, n, k):
@@ -54,6 +61,10 @@ def wgrad_loop(grad, a, expert_offsets):
 
 BENCHES = [
     Bench("grouped_matmul", CASES, inputs, {"torch loop": Peer(loop, capturable=False)}, tolerance=MATMUL),
+    Bench(
+        "grouped_matmul", DGRAD_CASES, dgrad_inputs, {"torch loop": Peer(loop, capturable=False)}, tolerance=MATMUL,
+        name="grouped_matmul dgrad",
+    ),
     Bench(
         "grouped_matmul_wgrad", WGRAD_CASES, wgrad_inputs, {"torch loop": Peer(wgrad_loop, capturable=False)},
         tolerance=MATMUL,

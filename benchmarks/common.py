@@ -271,6 +271,7 @@ def run_case(
     quick: bool = False,
     compiled: bool = False,
     seconds: float | None = None,
+    warm: bool = False,
 ) -> list[dict[str, Any]]:
     """One record per provider: checked first, and timed only where right."""
     operator = bench.operator
@@ -279,11 +280,12 @@ def run_case(
     cost = bench.cost or (lambda problem, *args: (operator.plan.flops(problem), operator.plan.bytes(problem)))
     flops, num_bytes = cost(problem, *args)
     records, right = [], []
+    label = {"op": bench.label + " warm"} if warm else {}
     with torch.set_grad_enabled(any(t.requires_grad for t in _tensors(args))):
         expected = reference(bench, args)
         for provider in (*ours(bench, args), *peers(bench, device, compiled)):
             record = _record(bench, case, provider.name, provider.backend)
-            record |= {"config": provider.config, "flops": flops, "bytes": num_bytes}
+            record |= label | {"config": provider.config, "flops": flops, "bytes": num_bytes}
             records.append(record)
             try:
                 reason, record["relative_error"] = try_once(bench, provider, args, expected)
@@ -295,7 +297,7 @@ def run_case(
             else:
                 right.append(provider)
         del expected
-        timings = _time(bench, right, args, device, seconds or (0.05 if quick else 0.5)) if right else {}
+        timings = _time(bench, right, args, device, seconds or (0.05 if quick else 0.5), warm) if right else {}
     roof = ceilings(device, bench.rate, quick) if right else {}
     peer_times = {p.name: timings[p.name].p50 for p in right if not p.backend}
     for record in records:
@@ -307,7 +309,7 @@ def run_case(
 
 
 def _time(
-    bench: Bench, providers: list[Provider], args: tuple, device: torch.device, seconds: float
+    bench: Bench, providers: list[Provider], args: tuple, device: torch.device, seconds: float, warm: bool
 ) -> dict[str, Timing]:
     size = sum(t.nbytes for t in _tensors(args))
     count = max(1, min(INPUT_SETS, INPUT_BYTES // max(size, 1))) if device.type == "cuda" else 1
@@ -316,7 +318,7 @@ def _time(
         p.name: [functools.partial(p.run, *(p.prepare(*s) if p.prepare else s)) for s in sets] for p in providers
     }
     uncapturable = frozenset(p.name for p in providers if not p.capturable)
-    return measure(functions, device, seconds=seconds, uncapturable=uncapturable)
+    return measure(functions, device, seconds=seconds, uncapturable=uncapturable, warm=warm)
 
 
 def _figures(t: Timing, flops: int, num_bytes: int, roof: dict[str, float], rate: str) -> dict[str, Any]:

@@ -74,8 +74,9 @@ def about(records: list[dict]) -> list[str]:
 def markdown(records: list[dict]) -> str:
     lines = ["# Benchmarks", "", *about(records)]
     lines += [
-        "Times are quantiles over samples taken in rotation, with the last-level cache cold. The roof is the larger of",
-        "bytes over the measured copy bandwidth and flops over the measured matmul rate.",
+        "Times are quantiles over samples taken in rotation, with the last-level cache cold except where",
+        "the heading says that it was warm. The roof is the larger of bytes over the measured copy bandwidth and flops",
+        "over the measured matmul rate.",
         "",
         "![percent of the roof, and ratio to the best peer](report.png)",
         "",

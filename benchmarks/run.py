@@ -1,7 +1,7 @@
 """Time the ops against what a user would otherwise run.
 
-    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--seconds S] [--threads N] [--compile]
-                             [--out FILE.jsonl [--resume] [--budget SECONDS]]
+    python benchmarks/run.py [--op NAME ...] [--device cpu|cuda] [--quick] [--seconds S] [--threads N] [--warm]
+                             [--compile] [--out FILE.jsonl [--resume] [--budget SECONDS]]
 
 Exit codes: 1 if any of our results was wrong or could not be made, 4 if the device stopped working (an illegal
 access; with --resume the next run goes on after that case), 75 if the budget left cases over.
@@ -93,7 +93,10 @@ def finished(file: Path, about: dict) -> set[tuple[str, str]]:
 
 def measure(bench: Bench, case: Case, device: torch.device, options) -> list[dict]:
     try:
-        return run_case(bench, case, device, quick=options.quick, compiled=options.compile, seconds=options.seconds)
+        return run_case(
+            bench, case, device,
+            quick=options.quick, compiled=options.compile, seconds=options.seconds, warm=options.warm,
+        )  # fmt: skip
     except Exception as error:  # inputs or reference: the other cases still count
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return [failure(bench, case, reason)]
@@ -118,6 +121,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the small cases only, few samples")
     parser.add_argument("--seconds", type=float, help="about how long the samples of one provider may take (0.5)")
     parser.add_argument("--threads", type=int, help="of torch and of our CPU kernels")
+    parser.add_argument("--warm", action="store_true", help="leave a CPU's caches as they are between samples")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the eager peer")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one line per provider and case")
     parser.add_argument("--resume", action="store_true", help="leave out cases that --out holds for this commit")
@@ -128,12 +132,15 @@ def main() -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.warm and options.device != "cpu":
+        parser.error("--warm is for --device cpu")
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     about = environment(device)
     print(f"{about['device_name']}, {about['versions']}, commit {about['commit']}")
     start, failures = time.perf_counter(), 0
     skip = finished(options.out, about) if options.resume and options.out else set()
-    todo = [(bench, case) for bench, case in chosen(options, device) if (bench.label, case.name) not in skip]
+    suffix = " warm" if options.warm else ""
+    todo = [(bench, case) for bench, case in chosen(options, device) if (bench.label + suffix, case.name) not in skip]
     while todo and time.perf_counter() - start < options.budget:
         bench, case = todo.pop(0)
         records = measure(bench, case, device, options)

@@ -13,6 +13,8 @@
 #include "fp8_grouped_matmul/params.h"
 #include "fp8_matmul/params.h"
 #include "fp8_quantize/params.h"
+#include "grouped_matmul/params.h"
+#include "mla_decode/params.h"
 #include "moe_gate/params.h"
 #include "moe_permute/params.h"
 #include "moe_sort/params.h"
@@ -345,6 +347,79 @@ void bind_fp8_grouped_matmul_wgrad(py::module_& m) {
     instances.append(py::make_tuple(i.tile_m, i.tile_n, i.cluster_m, i.cluster_n, i.stages));
   m.attr("fp8_grouped_matmul_wgrad_instances") = py::tuple(instances);
 }
+
+void bind_grouped_matmul(py::module_& m) {
+  m.def(
+      "grouped_matmul",
+      [](address a, address b, address groups, address d, int64_t num_rows, int64_t n, int64_t k, int num_groups,
+         int64_t lda, int64_t ldb, int64_t b_stride_g, bool transposed, int tile_m, int cluster_n, int raster, int ctas,
+         address stream) {
+        launch_grouped_matmul({at<void>(a), at<void>(b), at<int32_t>(groups), at<void>(d), num_rows, n, k, num_groups,
+                               lda, ldb, b_stride_g, transposed, tile_m, cluster_n, raster, ctas, at<void>(stream)});
+      },
+      kw_only(), "a"_a, "b"_a, "groups"_a, "d"_a, "num_rows"_a, "n"_a, "k"_a, "num_groups"_a, "lda"_a, "ldb"_a,
+      "b_stride_g"_a, "transposed"_a, "tile_m"_a, "cluster_n"_a, "raster"_a, "ctas"_a, "stream"_a, release_gil());
+  py::list instances;
+  for (const GroupedMatmulInstance& i : grouped_matmul_instances())
+    instances.append(py::make_tuple(i.tile_m, i.tile_n, i.cluster_n, i.transposed, i.stages));
+  m.attr("grouped_matmul_instances") = py::tuple(instances);
+}
+
+void bind_grouped_matmul_wgrad(py::module_& m) {
+  m.def(
+      "grouped_matmul_wgrad",
+      [](address grad, address a, address groups, address d, int64_t num_rows, int64_t n, int64_t k, int num_groups,
+         int64_t ld_grad, int64_t lda, int out_dtype, int tile_n, int cluster_m, int raster, int ctas, address stream) {
+        launch_grouped_wgrad({at<void>(grad), at<void>(a), at<int32_t>(groups), at<void>(d), num_rows, n, k, num_groups,
+                              ld_grad, lda, Dtype(out_dtype), tile_n, cluster_m, raster, ctas, at<void>(stream)});
+      },
+      kw_only(), "grad"_a, "a"_a, "groups"_a, "d"_a, "num_rows"_a, "n"_a, "k"_a, "num_groups"_a, "ld_grad"_a, "lda"_a,
+      "out_dtype"_a, "tile_n"_a, "cluster_m"_a, "raster"_a, "ctas"_a, "stream"_a, release_gil());
+  py::list instances;
+  for (const GroupedWgradInstance& i : grouped_wgrad_instances())
+    instances.append(py::make_tuple(int(i.out_dtype), i.tile_m, i.tile_n, i.cluster_m, i.stages));
+  m.attr("grouped_matmul_wgrad_instances") = py::tuple(instances);
+}
+
+void bind_mla_decode(py::module_& m) {
+  m.def(
+      "mla_decode",
+      [](address q, address kv_cache, address block_table, address seqlens_kv, address sink, address out, address lse,
+         address part_out, address part_lse, address heads, int b, int s_q, int h_q, int num_pages, int page_size,
+         int max_pages, int64_t q_stride_b, int64_t q_stride_row, int64_t page_stride, int64_t row_stride, float scale,
+         bool causal, int dtype, int parts, int cluster, address stream) {
+        launch_mla_decode({at<void>(q),
+                           at<void>(kv_cache),
+                           at<int32_t>(block_table),
+                           at<int32_t>(seqlens_kv),
+                           at<float>(sink),
+                           at<void>(out),
+                           at<float>(lse),
+                           at<float>(part_out),
+                           at<float>(part_lse),
+                           at<int32_t>(heads),
+                           b,
+                           s_q,
+                           h_q,
+                           num_pages,
+                           page_size,
+                           max_pages,
+                           q_stride_b,
+                           q_stride_row,
+                           page_stride,
+                           row_stride,
+                           scale,
+                           causal,
+                           Dtype(dtype),
+                           parts,
+                           cluster,
+                           at<void>(stream)});
+      },
+      kw_only(), "q"_a, "kv_cache"_a, "block_table"_a, "seqlens_kv"_a, "sink"_a, "out"_a, "lse"_a, "part_out"_a,
+      "part_lse"_a, "heads"_a, "b"_a, "s_q"_a, "h_q"_a, "num_pages"_a, "page_size"_a, "max_pages"_a, "q_stride_b"_a,
+      "q_stride_row"_a, "page_stride"_a, "row_stride"_a, "scale"_a, "causal"_a, "dtype"_a, "parts"_a, "cluster"_a,
+      "stream"_a, release_gil());
+}
 #endif
 #endif
 
@@ -364,7 +439,10 @@ void bind(py::module_& m) {
   bind_fp8_matmul(m);
   bind_fp8_grouped_matmul(m);
   bind_fp8_grouped_matmul_wgrad(m);
-  ops += ",fp8_matmul,fp8_grouped_matmul,fp8_grouped_matmul_wgrad";
+  bind_grouped_matmul(m);
+  bind_grouped_matmul_wgrad(m);
+  bind_mla_decode(m);
+  ops += ",fp8_matmul,fp8_grouped_matmul,fp8_grouped_matmul_wgrad,grouped_matmul,grouped_matmul_wgrad,mla_decode";
 #endif
   m.attr("ops") = split(ops);
   m.attr("architectures") = split(DEEPSEEK_KERNELS_ARCHS);

@@ -278,7 +278,7 @@ void bind_mla_cache_write(py::module_& m) {
 }
 
 void bind_moe_gate(py::module_& m) {
-  m.def("moe_gate_workspace", &moe_gate_workspace, kw_only(), "num_experts"_a, "num_groups"_a, "threads"_a);
+  m.def("moe_gate_workspace", &moe_gate_workspace, kw_only(), "num_experts"_a, "num_groups"_a, "top_k"_a, "threads"_a);
   m.def(
       "moe_gate",
       [](address logits, address bias, address mask, address weights, address indices, address workspace,

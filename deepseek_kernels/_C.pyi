@@ -18,7 +18,7 @@ architectures: tuple[str, ...]
 cuda_version: int
 """CUDART_VERSION of the build, as in 13000; 0 without CUDA."""
 ops: tuple[str, ...]
-"""The functions below that were compiled in. `fp8_matmul` needs "90a" among the architectures."""
+"""The functions below that were compiled in. Some need "90a" among the architectures, as is said there."""
 
 fp8_matmul_instances: tuple[tuple[int, int, int, int, int, bool, int, int], ...]
 """What `fp8_matmul` was compiled for: (out_dtype, tile_m, tile_n, cluster_m, cluster_n, swap, cluster_k), and the
@@ -362,6 +362,110 @@ def fp8_grouped_matmul_wgrad(
     and `ctas` as for `fp8_matmul`. Anything not among `fp8_grouped_matmul_wgrad_instances` raises.
     """
 
+grouped_matmul_instances: tuple[tuple[int, int, int, bool, int], ...]
+"""What `grouped_matmul` was compiled for: (tile_m, tile_n, cluster_n, transposed), and the stages of each."""
+
+def grouped_matmul(
+    *,
+    a: int,
+    b: int,
+    groups: int,
+    d: int,
+    num_rows: int,
+    n: int,
+    k: int,
+    num_groups: int,
+    lda: int,
+    ldb: int,
+    b_stride_g: int,
+    transposed: bool,
+    tile_m: int,
+    cluster_n: int,
+    raster: int,
+    ctas: int,
+    stream: int,
+) -> None:
+    """d[r] = a[r] @ b[g]^T in bf16 for the rows groups[g] <= r < groups[g + 1]; sm_90a only.
+
+    a [num_rows, k]; b [num_groups, n, k], or [num_groups, k, n] if `transposed`; d [num_rows, n] contiguous. groups
+    int32 of any values, clamped to num_rows and never decreasing; rows of no group become zero. At most 1024 groups.
+    Needs a, b, d 16-byte aligned, lda, ldb, b_stride_g and n multiples of 8. `ctas` CTAs run, a multiple of cluster_n:
+    so many tiles along n fetch their rows of a for each other. `raster` >= 1: that many rows of tiles are walked before
+    the next column. Anything not among `grouped_matmul_instances` raises.
+    """
+
+grouped_matmul_wgrad_instances: tuple[tuple[int, int, int, int, int], ...]
+"""What `grouped_matmul_wgrad` was compiled for: (out_dtype, tile_m, tile_n, cluster_m), and the stages of each."""
+
+def grouped_matmul_wgrad(
+    *,
+    grad: int,
+    a: int,
+    groups: int,
+    d: int,
+    num_rows: int,
+    n: int,
+    k: int,
+    num_groups: int,
+    ld_grad: int,
+    lda: int,
+    out_dtype: int,
+    tile_n: int,
+    cluster_m: int,
+    raster: int,
+    ctas: int,
+    stream: int,
+) -> None:
+    """d[g] = grad[rows of g]^T @ a[rows of g] of bf16; sm_90a only.
+
+    grad [num_rows, n]; a [num_rows, k]; d [num_groups, n, k] contiguous of `out_dtype` BF16 or FP32; groups as for
+    `grouped_matmul`, one without rows gives zeros. Needs grad, a, d 16-byte aligned, ld_grad, lda and k multiples of 8,
+    num_rows of at least 1. tile_m is of n, tile_n of k; cluster_m tiles along n fetch their rows of a for each other.
+    `raster` and `ctas` as for `grouped_matmul`. Anything not among `grouped_matmul_wgrad_instances` raises.
+    """
+
+def mla_decode(
+    *,
+    q: int,
+    kv_cache: int,
+    block_table: int,
+    seqlens_kv: int,
+    sink: int,
+    out: int,
+    lse: int,
+    part_out: int,
+    part_lse: int,
+    heads: int,
+    b: int,
+    s_q: int,
+    h_q: int,
+    num_pages: int,
+    page_size: int,
+    max_pages: int,
+    q_stride_b: int,
+    q_stride_row: int,
+    page_stride: int,
+    row_stride: int,
+    scale: float,
+    causal: bool,
+    dtype: int,
+    parts: int,
+    cluster: int,
+    stream: int,
+) -> None:
+    """Attention of q [b, s_q, h_q, 576] over kv_cache [num_pages, page_size, 576], which `deepseek_kernels.mla_decode`
+    describes; d_latent is 512 and `dtype` that of q, kv_cache and out, BF16 or FP16. Only there if "90a" is among the
+    architectures.
+
+    The s_q * h_q rows of a sequence's q lie `q_stride_row` apart; all rows of q and kv_cache begin at multiples of 16
+    bytes. page_size is a multiple of 8. `sink` may be 0. block_table int32 [b, max_pages], seqlens_kv int32 [b],
+    out [b, s_q, h_q, 512] and lse fp32 [b, h_q, s_q] are contiguous.
+
+    `parts` that the tokens of all sequences are cut into take a CTA for every 64 query rows each; `cluster` of these, 1
+    or 2, fetch the cache together, 2 only if there is an even number for a part. Scratch, which may be 0 with one
+    part: part_out fp32 [2 * parts, s_q * h_q, 512], part_lse fp32 [2 * parts, s_q * h_q], heads int32 [parts, 2].
+    """
+
 class cpu:
     """A submodule of kernels for CPU memory.
 
@@ -642,7 +746,7 @@ class cpu:
         """out [num_tokens, heads, d_rope], contiguous, = x rotated by the angles of positions[t]; `inverse`: back."""
 
     @staticmethod
-    def moe_gate_workspace(*, num_experts: int, num_groups: int, threads: int) -> int:
+    def moe_gate_workspace(*, num_experts: int, num_groups: int, top_k: int, threads: int) -> int:
         """fp32 elements of workspace."""
 
     @staticmethod

@@ -122,7 +122,8 @@ def wrong_bench(**options) -> "common.Bench":
 
 def test_a_wrong_result_has_no_speed(monkeypatch):
     bench = wrong_bench(expected=lambda y, *maps: torch.zeros(maps[0].shape[0], y.shape[1], dtype=y.dtype))
-    records = common.run_case(bench, bench.cases[0], CPU, quick=True)
+    records = common.run_case(bench, bench.cases[0], CPU, quick=True, warm=True)
+    assert {r["op"] for r in records} == {f"{bench.label} warm"}
     assert {r["status"] for r in records} == {"wrong"}
     assert not any("time_us" in r or "gb_s" in r for r in records)
     assert all("elements off" in r["reason"] for r in records)
@@ -145,6 +146,15 @@ def test_timer_rotates():
     timings = measure(functions, CPU, seconds=0.0)
     assert list(timings) == ["a", "b"] and order[-4:] == ["a", "b", "a", "b"]
     assert all(t.p20 <= t.p50 <= t.p80 and t.host is None and t.method.endswith("clock") for t in timings.values())
+
+
+def test_timer_flushes_unless_warm(monkeypatch):
+    flushed = []
+    monkeypatch.setattr(timer.Flush, "__call__", lambda self: flushed.append(1))
+    measure({"f": [lambda: None]}, CPU, seconds=0.0, warm=True)
+    assert not flushed
+    measure({"f": [lambda: None]}, CPU, seconds=0.0)
+    assert flushed
 
 
 def test_timer_drops_samples_in_which_another_process_ran(monkeypatch):

@@ -175,6 +175,49 @@ def test_the_weight_gradient_uses_the_hopper_units():
         assert ("UTMALDG.2D.MULTICAST" in kernel.sass) == (cluster_m + cluster_n != "11"), name
 
 
+def test_grouped_matmul_uses_the_hopper_units():
+    """Operands in the order they lie in, nothing but multiplications between two of a tile, the result by TMA."""
+    kernels, _ = compile_kernels("grouped_matmul", "90a")
+    assert len(kernels) == 12
+    for name, kernel in kernels.items():
+        kind, out, columns, cluster, transposed = re.search(
+            r"(Forward|Wgrad)ConfigI(f|13__nv_bfloat16)?Li(\d+)ELi(\d)E(?:Lb([01])E)?", name
+        ).groups()
+        order = ".tnspA.tnspB" if kind == "Wgrad" else ".tnspA" if transposed == "1" else ""
+        found = set(re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16 R\d+, gdesc\[UR\d+\](\S*),", kernel.sass))
+        narrow = {("128", order)} if (kind, columns) == ("Forward", "256") else set()
+        assert found == {(columns, order)} | narrow, name
+        stores = ("UTMASTG.3D", "STSM.16.M88.4") if kind == "Wgrad" else ("UTMASTG.2D", "STSM.16.MT88.4")
+        if out == "f":
+            stores = ("STG.E.64",)
+        for unit in ("UTMALDG.3D", "USETMAXREG", "ACQBULK", *stores):
+            assert unit in kernel.sass, f"{unit} in {name}"
+        assert ("UTMALDG.3D.MULTICAST" in kernel.sass) == (cluster != "1"), name
+        assert kernel.sass.count("MEMBAR.ALL.GPU") == (0 if cluster == "1" else 2), name
+        assert not re.search(r"(?<![.\w])(RED|ATOMG?)\.", kernel.sass), f"an atomic in {name}"
+
+
+def test_mla_decode_uses_the_hopper_units():
+    """Scores 64 x 64, sums 64 x 256 with weights from registers and from shared memory; a wait only where it is written
+    (the compiler adds one to every product that it runs by itself)."""
+    kernels, said = compile_kernels("mla_decode", "90a")
+    assert "wait is injected" not in said and "serialized" not in said, said
+    attends = {name: kernel for name, kernel in kernels.items() if "merge" not in name}
+    assert len(attends) == 4 and len(kernels) == 6
+    for name, kernel in attends.items():
+        for unit in ("UTMALDG.3D", "USETMAXREG", "STSM.16.M88", "ACQBULK", "PREEXIT", "MUFU.EX2"):
+            assert unit in kernel.sass, f"{unit} in {name}"
+        assert ("UTMALDG.3D.MULTICAST" in kernel.sass) == ("Li2EEE" in name), name
+        products = re.findall(r"\bHGMMA\.(\w+)", kernel.sass)
+        assert (products.count("64x64x16"), products.count("64x256x16")) == (2 * 36, 2 * 8), name
+        assert kernel.sass.count("WARPGROUP.DEPBAR") == 7, name
+        # fences of the whole GPU's memory only where a cluster begins and ends
+        assert kernel.sass.count("MEMBAR.ALL.GPU") == (2 if "Li2EEE" in name else 0), name
+    for name, kernel in kernels.items():
+        assert not re.search(r"(?<![.\w])(RED|ATOMG?)\.", kernel.sass), f"an atomic in {name}"
+        assert name in attends or ("ACQBULK" in kernel.sass and re.search(r"\bLDG\.E\.128", kernel.sass)), name
+
+
 def test_the_generated_wgmma_is_up_to_date():
     generator = harness.ROOT / "csrc/common/gen_wgmma.py"
     printed = subprocess.run([sys.executable, generator], capture_output=True, text=True, check=True).stdout

@@ -278,7 +278,7 @@ def test_every_hopper_instance_is_somebodys_best():
                 for k in (512, 1536, 2048, 7168, 16384):
                     c = plan.select(problem(m, n, k, out_dtype=out_dtype), H200, "cuda")
                     picked.add(astuple(c)[:6])
-        assert set(instances) == picked, set(instances) - picked
+        assert set(instances) - set(plan.TRIALS) == picked, set(instances) - picked
 
 
 def test_larger_problems_cost_more():

@@ -7,6 +7,7 @@ import deepseek_kernels as dk
 from deepseek_kernels.device import A100, B200, GPUS, H100, H200
 from deepseek_kernels.ops import _extension
 from deepseek_kernels.ops._registry import OPERATORS
+from deepseek_kernels.plan import _bf16_hopper as bf16_hopper
 from deepseek_kernels.plan import grouped_matmul as plan
 from deepseek_kernels.plan.backend import Environment
 from deepseek_kernels.reference.grouped_matmul import blocks, expert_bounds
@@ -245,6 +246,68 @@ def test_backends():
     assert "torch 2.10" in reason("torch", env=Environment(triton=True))
     assert "at most 4096" in reason("triton", num_experts=4097)
     assert "float64" in reason("triton", dtype="float64")
+
+
+@pytest.mark.parametrize("kind", ["forward", "wgrad"])
+def test_what_the_hopper_kernel_takes(kind):
+    op = "grouped_matmul" + "_wgrad" * (kind == "wgrad")
+    built = Environment(extension_ops=frozenset({op}), extension_archs=frozenset({90}))
+    p = plan.Problem(kind, 64, 64, 64, 4)
+
+    def reason(device=H200, env=built, **changes):
+        return plan.backends(plan.replace(p, **changes), device, env)["cuda"]
+
+    assert not reason() and not reason(num_experts=1024) and not reason(vectors=False)
+    assert "8.0" in reason(A100) and "10.0" in reason(B200)
+    assert f"has no {op}" in reason(env=Environment())
+    assert "takes bfloat16 and writes bfloat16" in reason(dtype="float16", out_dtype="float16")
+    assert "got bfloat16 and float16" in reason(out_dtype="float16")
+    assert bool(reason(out_dtype="float32")) == (kind == "forward")
+    assert "multiples of 8" in reason(n=60) and "multiples of 8" in reason(k=60) and "k at least 8" in reason(k=0)
+    assert "at most 1024 experts" in reason(num_experts=1025)
+
+
+@pytest.mark.parametrize("kind", ["forward", "wgrad"])
+def test_every_hopper_instance_is_somebodys_best(kind):
+    picked = set()
+    for rows, num_experts in ((32, 32), (640, 32), (2048, 32), (4096, 32), (32768, 8), (64, 1), (200, 1)):
+        for n, k in ((512, 512), (128, 7168), (4096, 7168), (7168, 2048)):
+            p = plan.Problem(kind, rows, n, k, num_experts)
+            c = plan.select(p, H200, "cuda")
+            assert not plan.is_legal(c, p, H200)
+            assert c.raster >= 1 and c.ctas % c.cluster == 0 and c.cluster <= c.ctas <= H200.num_sms
+            picked.add((c.columns, c.cluster))
+    assert picked == set(bf16_hopper.INSTANCES[kind])
+    assert "compiled instances" in plan.is_legal(plan.CudaConfig(32, 1), plan.Problem(kind, 8, 8, 8, 1), H200)
+
+
+def test_the_hopper_kernels_tile_follows_the_rows_per_expert():
+    def columns(rows, num_experts=32):
+        return plan.select(plan.Problem("forward", rows * num_experts, 4096, 7168, num_experts), H200, "cuda").columns
+
+    assert columns(1) == 16 and columns(4096, 8) == columns(512) == 256
+    assert columns(1) <= columns(20) <= columns(64) <= columns(128) <= columns(512)
+
+
+@pytest.mark.gpu
+def test_every_hopper_instance_on_the_device():
+    from deepseek_kernels.ops import _device
+    from deepseek_kernels.ops.grouped_matmul import _cuda, _cuda_wgrad
+
+    ends = offsets(7, 7, 431, 559)
+    a, b, grad = torch.randn(600, 720).bfloat16(), torch.randn(4, 392, 720).bfloat16(), torch.randn(600, 392).bfloat16()
+    a[559:] = grad[559:] = NAN
+    want, want_wgrad = exact(a, b, ends).cuda(), exact_wgrad(grad, a, ends).cuda()
+    a, b, grad, ends = (t.cuda() for t in (a, b, grad, ends))
+    device = _device.spec(ends.device)
+    if device.arch != 90:
+        pytest.skip("needs a Hopper GPU")
+    for config in plan.candidates(plan.Problem("forward", 600, 392, 720, 4), device, "cuda"):
+        for weights in (b, b.mT.contiguous().mT):
+            assert_close(_cuda(config, a, weights, ends, None), want, MATMUL, str(config))
+    for config in plan.candidates(plan.Problem("wgrad", 600, 392, 720, 4), device, "cuda"):
+        for out_dtype in (None, torch.float32):
+            assert_close(_cuda_wgrad(config, grad, a, ends, out_dtype), want_wgrad, MATMUL, str(config))
 
 
 def test_torch_first_on_hopper_where_it_was_measured_faster():

@@ -130,6 +130,16 @@ def test_stmatrix_in_the_model(primitives_in_model, count, transposed):
     assert not got.view(32, 16).flip(0)[8 * count :].any()
 
 
+@pytest.mark.parametrize("n", [128, 256])
+def test_mn_major_operands_in_the_model(primitives_in_model, n):
+    values = torch.tensor([0, 1, -1, 2, -2, 0.5, 3, -4])
+    i, j = torch.arange(64 * 64), torch.arange(64 * 256)
+    a, b = values[(i * 5 + i // 64) % 8].view(64, 64), values[(j * 3 + j // 32 + j // 7) % 8].view(64, 256)
+    got = as_tensor(primitives_in_model[f"wgmma_bf16_mn_major_{n}"]).view(torch.float32)[: 128 * n // 2]
+    got = got.view(4, 8, 4, n // 8, 2, 2)  # warp, row, pair of columns, 8 columns, 8 rows, column of the pair
+    assert torch.equal(got.permute(0, 4, 1, 3, 2, 5).reshape(64, n), (a.T @ b)[:, :n])
+
+
 def test_dependent_launches_in_the_model(primitives_in_model):
     want = torch.full((64,), 0x01010101, dtype=torch.int64)
     for _ in range(20):

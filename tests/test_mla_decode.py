@@ -248,6 +248,101 @@ def test_a_cache_that_begins_elsewhere_is_checked_again():
         deepseek_kernels.mla_decode(queries(1, 1, 2, 512), memory[4:-12].view(2, 4, 656), *args, scale=SCALE)
 
 
+def hopper(**options):
+    env = plan.Environment(triton=True, extension_ops=frozenset({"mla_decode"}), extension_archs=frozenset({90}))
+    problem = plan.Problem(**(dict(b=4, s_q=1, h_q=16, s_kv=4096) | options))
+    return plan.backends(problem, H200, env)["cuda"]
+
+
+def test_what_the_hopper_kernel_takes():
+    for options in ({}, dict(page_size=8), dict(page_size=192), dict(dtype="float16", s_q=3, h_q=100, sink=True)):
+        assert hopper(**options) == "", options
+    assert "bf16 and fp16, got float32" in hopper(dtype="float32")
+    assert "bf16 and fp16, got FP8" in hopper(fp8_cache=True)
+    assert "d_latent 512, got 256" in hopper(d_latent=256)
+    assert "got pages of 4" in hopper(page_size=4)
+    assert "multiples of 16 bytes" in hopper(aligned=False)
+    env = plan.Environment(extension_ops=frozenset({"mla_decode"}), extension_archs=frozenset({80, 90}))
+    assert "8.0" in plan.backends(plan.Problem(1, 1, 16, 64), A100, env)["cuda"]
+
+
+def test_rows_that_tma_cannot_address_are_seen():
+    memory = torch.zeros(2, 8, 584, dtype=torch.bfloat16)
+    args = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), SCALE, True, None
+    q = queries(1, 1, 2, 512, torch.bfloat16)
+    assert op._problem(q, memory[:, :, :576], *args).aligned
+    assert not op._problem(q, memory[:, :, 4:580], *args).aligned
+    assert not op._problem(q, torch.zeros(2, 8, 580, dtype=torch.bfloat16)[:, :, :576], *args).aligned
+    assert op._problem(q, memory[:1, :, 8:], *args).aligned
+
+
+def test_queries_are_copied_only_where_tma_cannot_fetch_them():
+    q = torch.zeros(2, 3, 4, 576, dtype=torch.bfloat16)
+    wide = torch.zeros(2, 3, 4, 600, dtype=torch.bfloat16)
+    for given, row in (
+        (q, 576),
+        (wide[..., :576], 600),
+        (wide[:, 1:2, :, 8:584], 600),
+        (wide[:, :, 1:2, 16:592], 2400),
+    ):
+        kept, distance = op._queries_in_rows(given)
+        assert kept is given and distance == row
+    for given in (
+        wide[..., 4:580],
+        wide[:, :, 1:3, :576],
+        q[:1].expand(2, -1, -1, -1),
+        q[:, :1, :1].expand(-1, 3, 4, -1),
+    ):
+        copied, distance = op._queries_in_rows(given)
+        assert copied.is_contiguous() and distance == 576 and torch.equal(copied, given)
+
+
+@pytest.mark.parametrize(
+    ("s_q", "h_q", "parts", "clusters"),
+    [(1, 16, 132, [1]), (1, 128, 66, [1, 2]), (2, 128, 33, [1, 2]), (3, 64, 44, [1]), (80, 128, 1, [1, 2])],
+)
+def test_plan_of_the_hopper_kernel(s_q, h_q, parts, clusters):
+    """A CTA for every multiprocessor; no more parts than there are pairs of blocks; clusters of whole tiles."""
+    many, few = plan.Problem(128, s_q, h_q, 4096), plan.Problem(1, s_q, h_q, 1000)
+    assert list(plan.candidates(many, H200, "cuda")) == [plan.CudaConfig(parts, c) for c in clusters]
+    assert plan.select(many, H200, "cuda") in plan.candidates(many, H200, "cuda")
+    assert plan.select(few, H200, "cuda").parts == min(parts, 8)
+    assert plan.select(plan.Problem(0, s_q, h_q, 0), H200, "cuda").parts == 1
+    assert "for 1 tiles" in plan.is_legal(plan.CudaConfig(1, 2), plan.Problem(1, 1, 64, 64), H200)
+
+
+def test_cost_of_the_hopper_kernel():
+    """No less than memory and multiplication take; more tokens cost more."""
+    for b, h_q, s_kv in ((1, 16, 4096), (128, 16, 4096), (128, 128, 4096), (128, 128, 32768)):
+        p = plan.Problem(b, 1, h_q, s_kv)
+        seconds = plan.cost(plan.select(p, H200, "cuda"), p, H200)
+        assert seconds >= b * s_kv * p.row_bytes / H200.bandwidth and seconds >= plan.flops(p) / H200.rate("bf16")
+        longer = plan.Problem(b, 1, h_q, 2 * s_kv)
+        assert plan.cost(plan.select(longer, H200, "cuda"), longer, H200) >= seconds
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("b", "s_q", "h_q", "page_size"), [(128, 1, 16, 64), (40, 2, 128, 64), (3, 3, 100, 16)])
+def test_the_hopper_kernel_at_real_sizes(b, s_q, h_q, page_size, dtype):
+    """Lengths from none to a few thousand, more than there are multiprocessors; twice, with the same bits."""
+    g = generator(b)
+    lengths = [0, 40, 64, 5000, *torch.randint(20, 3000, (b,), generator=g).tolist()][:b]
+    cache, table, seqlens = (t.cuda() for t in paged(g, lengths, page_size, 5120 // page_size, 512, dtype))
+    q, sink = queries(b, s_q, h_q, 512, dtype).cuda(), torch.randn(h_q).cuda()
+    with deepseek_kernels.use_backend("cuda"):
+        if deepseek_kernels.explain("mla_decode", q, cache, table, seqlens, SCALE).backend is None:
+            pytest.skip("no cuda backend here")
+    problem = op._problem(q, cache, table, seqlens, SCALE, True, None)
+    for config in plan.candidates(problem, H200, "cuda"):
+        for given in (None, sink):
+            first = op._cuda(config, q, cache, table, seqlens, SCALE, True, given)
+            check(first, decode("reference", q, cache, table, seqlens, sink=given))
+            again = op._cuda(config, q, cache, table, seqlens, SCALE, True, given)
+            for actual, expected in zip(again, first, strict=True):
+                assert_same_bits(actual, expected)
+
+
 def test_automatic_choice():
     assert deepseek_kernels.explain("mla_decode", *example()).backend in ("cpu", "torch")
     wide = plan.Problem(1, 1, 4, 64, d_latent=320)

@@ -12,6 +12,7 @@ import torch
 import deepseek_kernels as dk
 from deepseek_kernels.device import CPU
 from deepseek_kernels.ops._registry import OPERATORS
+from deepseek_kernels.plan import _bf16_hopper as bf16_hopper
 from deepseek_kernels.plan import _fp8_hopper as fp8_hopper
 from deepseek_kernels.plan import _fp8_wgrad as fp8_wgrad
 from deepseek_kernels.plan import fp8_grouped_matmul as fp8_grouped_matmul_plan
@@ -162,3 +163,55 @@ def test_the_weight_gradient_copies_what_the_hopper_kernel_cannot_address():
         dk.fp8_grouped_matmul_wgrad(*operands, expert_offsets, out=out, accumulate=True)
     assert_close(out, expected, MATMUL)
     assert flat[0] == 1
+
+
+def test_the_plan_of_grouped_matmul_knows_the_compiled_instances(model):
+    forward = {(tile, cluster, t): stages for tile, _, cluster, t, stages in model.grouped_matmul_instances}
+    assert forward.keys() == {(*i, t) for i in bf16_hopper.INSTANCES["forward"] for t in (False, True)}
+    for (columns, *_), stages in forward.items():
+        assert stages == bf16_hopper.stages(columns, "forward"), columns
+    names, compiled = {model.BF16: "bfloat16", model.FP32: "float32"}, {}
+    for dtype, _, columns, cluster, stages in model.grouped_matmul_wgrad_instances:
+        compiled.setdefault(names[dtype], set()).add((columns, cluster))
+        assert stages == bf16_hopper.stages(columns, "wgrad", names[dtype]), (dtype, columns)
+    assert compiled == {dtype: set(bf16_hopper.INSTANCES["wgrad"]) for dtype in bf16_hopper.OUT_DTYPES["wgrad"]}
+
+
+def test_grouped_matmul_copies_what_the_hopper_kernel_cannot_address():
+    """Rows at odd addresses, experts that overlap or lie a fraction of a row apart, weights of neither order; slices of
+    weights in place, in both orders."""
+    g = torch.Generator().manual_seed(0)
+    a, b, grad = (torch.randn(*shape, generator=g).bfloat16() for shape in ((21, 72), (3, 24, 72), (21, 24)))
+    ends = torch.tensor([0, 5, 5, 21], dtype=torch.int32)
+
+    def framed(t, rows, columns):
+        wide = torch.full((*t.shape[:-2], t.shape[-2] + rows, t.shape[-1] + columns), float("nan"), dtype=t.dtype)
+        wide[..., rows:, columns:] = t
+        return wide[..., rows:, columns:]
+
+    with dk.use_backend("reference"):
+        expected, same = dk.grouped_matmul(a, b, ends), dk.grouped_matmul(a, b[:1].expand(3, -1, -1), ends)
+        gradient = dk.grouped_matmul_wgrad(grad, a, ends)
+    scattered = torch.stack([b, b], -1)[..., 0]
+    with harness.model_extension(), dk.use_backend("cuda"):
+        for rows, columns in ((0, 3), (8, 0), (1, 16), (0, 8)):
+            x, y = framed(a, rows, columns), framed(grad, rows, columns)
+            n_major = framed(b.mT.contiguous(), rows, columns).mT
+            for weights in (framed(b, rows, columns), n_major):
+                assert_close(dk.grouped_matmul(x, weights, ends), expected, MATMUL)
+            assert_close(dk.grouped_matmul_wgrad(y, x, ends), gradient, MATMUL)
+        assert_close(dk.grouped_matmul(a, scattered, ends), expected, MATMUL)
+        assert_close(dk.grouped_matmul(a, b[:1].expand(3, -1, -1), ends), same, MATMUL)
+
+
+def test_the_gradients_of_grouped_matmul_run_on_its_hopper_kernels():
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=g).bfloat16() for shape in ((40, 16), (2, 24, 16)))
+    ends, grads = torch.tensor([2, 30, 37], dtype=torch.int32), {}
+    for backend in ("reference", "cuda"):
+        x, w = a.clone().requires_grad_(), b.clone().requires_grad_()
+        with harness.model_extension(), dk.use_backend(backend):
+            dk.grouped_matmul(x, w, ends).square().sum().backward()
+        grads[backend] = x.grad, w.grad
+    for got, want in zip(grads["cuda"], grads["reference"], strict=True):
+        assert_close(got, want, MATMUL)

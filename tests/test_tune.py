@@ -40,6 +40,8 @@ def test_options_begin_with_the_models_choice(op, device):
         assert found[0] == op.plan.select(problem, device, name) and len(set(found)) == len(found)
         is_legal = getattr(op.plan, "is_legal", lambda *_: "")
         assert not any(is_legal(c, problem, device) for c in found if c is not None), name
+        for c in found:  # a saved table names its kind
+            assert c is None or getattr(op.plan, type(c).__name__, None) is type(c), f"{name}: {c}"
 
 
 @pytest.mark.parametrize("device", [A100, H100, H200, B200], ids=lambda d: d.name)

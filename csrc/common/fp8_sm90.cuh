@@ -14,15 +14,12 @@
 //           full[stage]); scales of blocks of rows are read by the math warpgroups a step ahead. What becomes of the
 //           sums is in fp8_sm90_store.cuh.
 #pragma once
-#include "sm90.cuh"
+#include "persistent_sm90.cuh"
 
 namespace deepseek_kernels::fp8 {
-using namespace sm90;
+using namespace hopper;
 
 constexpr int kTileK = 128;  // bytes too; also the width of a scale block
-constexpr int kWaveRows = 64;
-constexpr int kGroupThreads = 128;
-constexpr int kSharedBytes = 232448;  // of a CTA on sm_90
 constexpr int kMaxStages = 24;
 
 // What the CTAs of a cluster have in common. Of a tile each multiplies its own share of k.
@@ -114,43 +111,14 @@ struct Tile {
   ScaleRows x_scales, y_scales;
 };
 
-// The order in which a grid of `rows` x `columns` is walked: `height` rows at a time, column by column, so that what
-// runs at the same time has operands in common in L2.
-struct Raster {
-  int rows, columns, height;
-  DEVICE_FN int size() const { return rows * columns; }
-  DEVICE_FN int first_row(int i) const { return i / (height * columns) * height; }
-  DEVICE_FN int rows_from(int first) const { return rows - first < height ? rows - first : height; }
-  DEVICE_FN int row(int i) const {
-    const int first = first_row(i);
-    return first + (i - first * columns) % rows_from(first);
-  }
-  DEVICE_FN int column(int i) const {
-    const int first = first_row(i);
-    return (i - first * columns) / rows_from(first);
-  }
-};
-
-// Stage and phase parity of a position in the pipeline.
 template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  DEVICE_FN void next() {
-    if (++stage == kStages) stage = 0, phase ^= BUG(phase_never_flipped) ? 0 : 1;
-  }
+struct ScaleRing : Ring<kStages> {
   // The place of its scales of y. What is read of them after a stage is let go stays for another turn of the stages.
   template <int kTurns>
   DEVICE_FN int scale_slot() const {
-    return kTurns == 1 || BUG(scales_stay_one_turn) ? stage : stage + int(phase) * kStages;
+    return kTurns == 1 || BUG(scales_stay_one_turn) ? this->stage : this->stage + int(this->phase) * kStages;
   }
 };
-
-template <class C>
-DEVICE_FN int rank_in_cluster() {
-  if constexpr (C::kCluster == 1) return 0;
-  return int(cluster_rank());
-}
 
 // By one thread; sync_cluster must follow.
 template <class C>
@@ -166,15 +134,6 @@ DEVICE_FN void init_barriers(typename C::Smem& s, const OperandMaps& maps) {
     debug_name(&s.shares_full, "shares_full", 0), debug_name(&s.shares_empty, "shares_empty", 0);
   }
   if (!BUG(fence_barrier_init_missing)) fence_barrier_init();
-}
-
-template <class C>
-DEVICE_FN void sync_cluster() {
-  if constexpr (C::kCluster > 1) {
-    cluster_sync();
-  } else {
-    if (!BUG(syncthreads_missing)) __syncthreads();
-  }
 }
 
 // All kRows of them, or where a cluster has them in common this CTA's part, for everyone.
@@ -193,7 +152,7 @@ DEVICE_FN void load_operand(uint8_t* dst, const TensorMap& map, uint64_t* full, 
 template <class C, class Work>
 DEVICE_FN void load_tiles(typename C::Smem& s, const OperandMaps& maps, Work work) {
   const int rank = rank_in_cluster<C>();
-  Ring<C::kStages> r;
+  ScaleRing<C::kStages> r;
   for (; !work.done(); work.next()) {
     const Tile t = work.tile();
 #pragma unroll 1
@@ -246,7 +205,7 @@ class ScaleLane {
 
 template <class C, class Work>
 DEVICE_FN void load_scales(typename C::Smem& s, Work work) {
-  Ring<C::kStages> r;
+  ScaleRing<C::kStages> r;
   for (; !work.done(); work.next()) {
     const Tile t = work.tile();
     ScaleLane<C::kScalesX> x(t.x_scales);
@@ -260,10 +219,6 @@ DEVICE_FN void load_scales(typename C::Smem& s, Work work) {
     }
   }
 }
-
-// Accumulator i of a thread of a math warpgroup is row wave_row() + 8 * (i / 2 % 2) of the wave's 64, and column
-// 8 * (i / 4) + 2 * (lane % 4) + i % 2.
-DEVICE_FN int wave_row() { return int(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4); }
 
 // The scales that hold for blocks of rows, of x or of y: those of the step at hand. The next step's are on their way.
 template <class C>
@@ -354,17 +309,6 @@ DEVICE_FN void start_product(typename C::Smem& s, int stage, int first_row, floa
   wgmma_commit();
 }
 
-// By every thread of a math warpgroup that has read all it needs of a stage.
-template <class C>
-DEVICE_FN void release_stage(typename C::Smem& s, int stage) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (C::kFetchers == 1) {
-    if (lane == 0) mbarrier_arrive(&s.empty[stage]);
-  } else {
-    if (lane < C::kFetchers) mbarrier_arrive_cluster_after_reads(&s.empty[stage], lane);
-  }
-}
-
 // sum += scale_x * scale_y * product, with late scales of y read as they are needed.
 template <class C>
 DEVICE_FN void add_products(const typename C::Smem& s, int slot, const StageScales<C>& scales, int boundary,
@@ -387,8 +331,8 @@ DEVICE_FN void add_products(const typename C::Smem& s, int slot, const StageScal
 
 // sum[wave] += the scaled products of one tile, over all of its k, or over this warpgroup's half of the blocks.
 template <class C>
-DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group, BlockScales<C>& blocks,
-                             float (&sum)[C::kWaves][C::kSums]) {
+DEVICE_FN void multiply_tile(typename C::Smem& s, ScaleRing<C::kStages>& r, const Tile& t, int group,
+                             BlockScales<C>& blocks, float (&sum)[C::kWaves][C::kSums]) {
   float product[C::kSums];
   // Unrolled, so that the next stage is asked for while products are scaled.
 #pragma unroll(C::kLateScales ? 1 : 4)
@@ -413,7 +357,7 @@ DEVICE_FN void multiply_tile(typename C::Smem& s, Ring<C::kStages>& r, const Til
 
 // The same with two products under way: the tensor core never waits for their scaling.
 template <class C>
-DEVICE_FN void multiply_tile_ahead(typename C::Smem& s, Ring<C::kStages>& r, const Tile& t, int group,
+DEVICE_FN void multiply_tile_ahead(typename C::Smem& s, ScaleRing<C::kStages>& r, const Tile& t, int group,
                                    BlockScales<C>& blocks, float (&sum)[C::kWaves][C::kSums]) {
   struct Step {
     float product[C::kSums];
@@ -510,7 +454,7 @@ DEVICE_FN void work_in_roles(typename C::Smem& s, const OperandMaps& maps, const
     }
   } else {
     reg_inc<224>();
-    Ring<C::kStages> r;
+    ScaleRing<C::kStages> r;
     uint32_t shares_phase = 0;
     BlockScales<C> blocks;
     auto work = make_work();

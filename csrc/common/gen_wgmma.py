@@ -6,6 +6,8 @@ KINDS = {
     "e4m3_ss": ("k32.f32.e4m3.e4m3", [], False),
     "bf16_ss": ("k16.f32.bf16.bf16", ["kTransA", "kTransB"], False),
     "bf16_rs": ("k16.f32.bf16.bf16", ["kTransB"], True),
+    "f16_ss": ("k16.f32.f16.f16", ["kTransA", "kTransB"], False),
+    "f16_rs": ("k16.f32.f16.f16", ["kTransB"], True),
 }
 
 

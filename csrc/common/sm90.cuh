@@ -210,6 +210,17 @@ DEVICE_FN void pin(float (&d)[R]) {
   (void)d;
 #endif
 }
+// The same of registers that wgmma takes A from: before wgmma_fence, for they are to be written by then, and after the
+// wait, until when they may not be used for anything else.
+template <int R>
+DEVICE_FN void pin(uint32_t (&a)[R][4]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < 4 * R; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+#else
+  (void)a;
+#endif
+}
 // Name every accumulator (and call before the first wgmma that uses it after a plain access).
 template <class... D>
 DEVICE_FN void wgmma_fence(D&... d) {
@@ -242,6 +253,17 @@ template <int N, int kTransB = 0>
 DEVICE_FN void wgmma_bf16_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
   SM90_DO(Wgmma_bf16_rs<N>::template mma<kTransB>(d, a, desc_b, scale_d),
           model::wgmma(model::BF16, N, d, a, 0, desc_b, scale_d, 0, kTransB));
+}
+// The same of fp16.
+template <int N, int kTransA = 0, int kTransB = 0>
+DEVICE_FN void wgmma_f16(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, int scale_d) {
+  SM90_DO((Wgmma_f16_ss<N>::template mma<kTransA, kTransB>(d, desc_a, desc_b, scale_d)),
+          model::wgmma(model::F16, N, d, nullptr, desc_a, desc_b, scale_d, kTransA, kTransB));
+}
+template <int N, int kTransB = 0>
+DEVICE_FN void wgmma_f16_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
+  SM90_DO(Wgmma_f16_rs<N>::template mma<kTransB>(d, a, desc_b, scale_d),
+          model::wgmma(model::F16, N, d, a, 0, desc_b, scale_d, 0, kTransB));
 }
 
 // Shared memory descriptor. Byte offsets; all multiples of 16.

@@ -148,14 +148,10 @@ DEVICE_FN void stage_sums(typename C::Smem& s, const TensorMap& map, const Fp8Gr
                           int group, const float (&sum)[C::kWaves][C::kSums]) {
   if (p.accumulate && t.k_blocks == 0) return;
   const bool stores = threadIdx.x % kGroupThreads == 0;
-  if (!BUG(store_wait_missing)) {
-    if (stores) tma_store_wait<0>();  // the previous tile has left the staging buffer
-    named_barrier_sync(1 + group, kGroupThreads);
-  }
+  wait_for_staging(group);
 #pragma unroll
   for (int wave = 0; wave < C::kWaves; ++wave) stage<C>(s.d[group][wave], sum[wave]);
-  if (!BUG(fence_proxy_async_missing)) fence_proxy_async();
-  if (!BUG(barrier_before_store_missing)) named_barrier_sync(1 + group, kGroupThreads);
+  publish_staging(group);
   if (!stores) return;
 #pragma unroll
   for (int wave = 0; wave < C::kWaves; ++wave)

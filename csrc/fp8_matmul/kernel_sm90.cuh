@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   sync_cluster<C>();
   if (!BUG(dependency_wait_missing)) grid_dependency_wait();
-  const Output out = {p.d, p.ldd, p.n, p.bias, p.bias_dtype, p.accumulate};
+  const Output out = {{p.d, p.ldd, p.n}, p.bias, p.bias_dtype, p.accumulate};
   work_in_roles<C>(
       s, maps.operands, [&] { return Work<C>(p); },
       [&](const MatmulTile& t, int group, auto& sum) { finish_tile<C, false>(s, maps.d, out, t, group, sum); },

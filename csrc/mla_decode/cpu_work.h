@@ -5,6 +5,7 @@
 // Merge:   a sequence that lies in several runs leaves one partial (output, maximum, sum) per run; they are merged in
 //          the order of the tokens. Results depend on the number of threads in the last bits, on nothing else.
 #pragma once
+#include "common/cpu/count.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/vec.h"
 #include "mla_decode/cpu.h"

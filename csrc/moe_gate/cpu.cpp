@@ -1,10 +1,9 @@
 // weights, indices = the top_k experts of each token by score + bias, within the topk_groups best groups; the weights
 // are the unbiased scores. Ties go to the lower index.
 //
-// One token at a time: scores and biased scores in a row of scratch (L1), and the best of each chunk of experts, which
-// is a group where groups are chosen; then top_k rounds of a maximum over the chunks, a search for its first place in
-// the first chunk that has it, and a new best of that chunk. Scores are fp32 with this library's exp, within 2 steps of
-// torch's: two experts closer than that may change places.
+// One token at a time: scores and biased scores in rows of scratch (L1), the scores of the groups, and the choice by
+// ranks. Scores are fp32 with this library's exp, within 2 steps of torch's: two experts closer than that may change
+// places.
 #include "moe_gate/cpu.h"
 
 #include "common/cpu/parallel.h"
@@ -66,23 +65,61 @@ inline float from(const void* row, int64_t at) {
   return kDtype == Dtype::kFp16 ? from_fp16(bits) : from_bf16(bits);
 }
 
-float largest_of(const float* x, int64_t n) {
-  Vec peak = splat(minus_infinity());
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) peak = max(peak, load(x + i));
-  float top = largest(peak);
-  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
-  return top;
+constexpr float kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// rank[i] = how many of x[0 .. n) are greater than x[i], or equal and before it. Whole registers are read and written.
+void ranks_of(const float* x, int64_t n, float* rank) {
+  const Vec one = splat(1.f);
+  for (int64_t o = 0; o < n; o += kLanes) {
+    const Vec mine = load(x + o), place = load(kCount) + splat(float(o));
+    Vec count = zero();
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec other = splat(x[j]);
+      const Vec tie = where_less(splat(float(j)), place, one, zero());
+      count = count + where_less(mine, other, one, where_less(other, mine, zero(), tie));
+    }
+    store(rank + o, count);
+  }
 }
 
-// The first place of `value`, the largest of the elements that x holds; kMoeGateChunk elements may be read past them.
-int64_t find(const float* x, float value) {
-  const Vec wanted = splat(value);
-  for (int64_t i = 0;; i += 32) {  // the place is not to be foreseen, so no branch hangs on it
-    uint32_t less = 0;
-    for (int l = 0; l < 32; l += kLanes) less |= greater(wanted, load(x + i + l)) << l;
-    if (~less != 0) return i + __builtin_ctz(~less);
+// The places of the top_k largest of x above -inf, best first, and how many there are; ties go to the lower place.
+//
+// Nothing here waits for the choice before it: 2 * top_k or more columns of x have a largest element each, the top_k-th
+// of these is a bound that top_k elements reach, and few others do; each of those finds its rank among them.
+int choose(const float* x, int64_t n, int top_k, float* room, int64_t* places) {
+  const int64_t width = (2 * top_k + kLanes - 1) / kLanes * kLanes;
+  float *peaks = room, *rank = room + width, *value = rank + n + 64;
+  int32_t* place = reinterpret_cast<int32_t*>(value + n + 64);
+  const Vec low = splat(minus_infinity());
+  for (int64_t c = 0; c < width; c += kLanes) {
+    Vec peak = low;
+    for (int64_t i = c; i < n; i += width) peak = max(peak, load(x + i));
+    store(peaks + c, peak);
   }
+  Vec bound = splat(-kLargest);
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const Vec peak = load(peaks + c);
+    Vec reached = zero();
+    for (int64_t j = 0; j < width; ++j) reached = reached + where_less(splat(peaks[j]), peak, zero(), splat(1.f));
+    bound = max(bound, where_less(reached, splat(float(top_k)), low, peak));
+  }
+  bound = splat(largest(bound));
+  int64_t found = 0;
+  for (int64_t begin = 0; begin < n; begin += 64) {
+    uint64_t reach = 0;
+    for (int l = 0; l < 64; l += kLanes) {
+      reach |= uint64_t(~greater(bound, load(x + begin + l)) & ((1u << kLanes) - 1)) << l;
+    }
+    for (; reach != 0; reach &= reach - 1, ++found) {
+      place[found] = int32_t(begin + __builtin_ctzll(reach));
+      value[found] = x[place[found]];
+    }
+  }
+  ranks_of(value, found, rank);
+  for (int64_t i = 0; i < found; ++i) {
+    if (rank[i] < float(top_k)) places[int(rank[i])] = place[i];
+  }
+  return int(found < top_k ? found : top_k);
 }
 
 // The two largest of each of `groups` runs of x, which differ in place, not always in value; -inf where there are no
@@ -117,19 +154,6 @@ void top_two(const float* x, int64_t groups, int64_t per_group, float* first, fl
   }
 }
 
-// Whether fewer than `most` groups are better than group g, or as good and before it.
-bool among_best(const float* group_score, int groups, int g, int most) {
-  constexpr uint32_t kAll = kLanes == 16 ? 0xFFFF : 0xFF;
-  const Vec mine = splat(group_score[g]);
-  int better = 0;
-  for (int o = 0; o < groups; o += kLanes) {
-    const Vec others = load(group_score + o);
-    const uint32_t above = greater(others, mine), before = g - o >= kLanes ? kAll : g > o ? (1u << (g - o)) - 1 : 0;
-    better += __builtin_popcount(above | (~greater(mine, others) & before));
-  }
-  return better < most;
-}
-
 template <Dtype kDtype>
 void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
   float* weights = p.weights + t * p.top_k;
@@ -139,8 +163,8 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
     return;
   }
   const int64_t experts = p.num_experts, per_group = experts / p.num_groups;
-  float *scores = scratch, *selection = scores + experts + 32, *best = selection + experts + 32;
-  float* group_score = scratch + moe_gate_workspace(experts, p.num_groups, 1) - p.num_groups - 16;
+  float *scores = scratch, *selection = scores + experts + 64, *group_score = selection + experts + 64;
+  float *group_rank = group_score + p.num_groups + 16, *room = group_rank + p.num_groups + 16;
   const char* row = static_cast<const char*>(p.logits) + t * p.ld_logits * (kDtype == Dtype::kFp32 ? 4 : 2);
   const Vec low = splat(minus_infinity());
   for (int64_t e = 0; e < experts; e += kLanes) {  // both rows have room for a whole last register
@@ -157,33 +181,27 @@ void gate(const MoeGateCpuParams& p, int64_t t, float* scratch) {
     if (p.bias != nullptr) biased = biased + load_some<Dtype::kFp32>(p.bias + e, experts - e);
     store(selection + e, where_less(low, load(selection + e), tame(biased), low));
   }
+  for (int64_t e = experts; e < experts + 64; ++e) selection[e] = minus_infinity();
 
   const bool grouped = p.topk_groups < p.num_groups;
-  const int64_t chunk = grouped ? per_group : kMoeGateChunk, chunks = (experts + chunk - 1) / chunk;
-  const auto size_of = [&](int64_t c) { return experts - c * chunk < chunk ? experts - c * chunk : chunk; };
   if (grouped) {
-    top_two(selection, chunks, chunk, best, group_score);
-    for (int64_t g = 0; g < chunks; g += kLanes) {
-      const Vec first = load(best + g), second = load(group_score + g);
-      store(group_score + g, p.bias == nullptr ? first : where_less(low, second, first + second, first));
+    top_two(selection, p.num_groups, per_group, group_score, group_rank);
+    for (int64_t g = 0; g < p.num_groups; g += kLanes) {
+      const Vec one = load(group_score + g), two = load(group_rank + g);
+      store(group_score + g, p.bias == nullptr ? one : where_less(low, two, one + two, one));
     }
+    ranks_of(group_score, p.num_groups, group_rank);
     for (int g = 0; g < p.num_groups; ++g) {
-      if (!among_best(group_score, p.num_groups, g, p.topk_groups)) best[g] = minus_infinity();
+      if (group_rank[g] < float(p.topk_groups)) continue;
+      float* group = selection + g * per_group;
+      int64_t e = 0;
+      for (; e + kLanes <= per_group; e += kLanes) store(group + e, low);
+      for (; e < per_group; ++e) group[e] = minus_infinity();
     }
-  } else {
-    for (int64_t c = 0; c < chunks; ++c) best[c] = largest_of(selection + c * chunk, size_of(c));
   }
-  int count = 0;
-  for (; count < p.top_k; ++count) {
-    const float top = largest_of(best, chunks);
-    if (top == minus_infinity()) break;
-    const int64_t c = find(best, top), e = c * chunk + find(selection + c * chunk, top);
-    indices[count] = e;
-    selection[e] = minus_infinity();
-    best[c] = largest_of(selection + c * chunk, size_of(c));
-  }
+  int count = choose(selection, experts, p.top_k, room, indices);
   for (int64_t e = 0; e < experts && count < p.top_k; ++e) {  // too few above -inf: the lowest unused ones
-    bool used = grouped && !among_best(group_score, p.num_groups, int(e / per_group), p.topk_groups);
+    bool used = grouped && group_rank[e / per_group] >= float(p.topk_groups);
     for (int k = 0; k < count; ++k) used |= indices[k] == e;
     if (!used) indices[count++] = e;
   }
@@ -275,7 +293,7 @@ void moe_gate_backward(const MoeGateBackwardCpuParams& p, int threads) {
 }
 
 void moe_gate(const MoeGateCpuParams& p, int threads) {
-  const int64_t row = moe_gate_workspace(p.num_experts, p.num_groups, 1);
+  const int64_t row = moe_gate_workspace(p.num_experts, p.num_groups, p.top_k, 1);
   with_dtype(p.dtype, [&](auto tag) {
     parallel_runs(p.num_tokens, 16, threads, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t t = begin; t < end; ++t) gate<decltype(tag)::kDtype>(p, t, p.workspace + thread * row);

@@ -22,12 +22,10 @@ struct MoeGateCpuParams {
   float scale;
 };
 
-constexpr int64_t kMoeGateChunk = 32;  // experts whose best is kept, where there are no groups to choose
-
-// Floats: two rows of experts, the best of each chunk, the score of each group, with slack for whole registers.
-inline int64_t moe_gate_workspace(int64_t num_experts, int64_t num_groups, int threads) {
-  const int64_t chunks = num_groups + (num_experts + kMoeGateChunk - 1) / kMoeGateChunk;
-  return threads * (2 * (num_experts + 32) + chunks + 32 + num_groups + 16);
+// Floats: two rows of experts, two of groups, the peaks, and values, ranks and places of those that are ranked, with
+// slack for whole registers.
+inline int64_t moe_gate_workspace(int64_t num_experts, int64_t num_groups, int64_t top_k, int threads) {
+  return threads * (5 * (num_experts + 64) + 2 * (num_groups + 16) + 2 * top_k + 16);
 }
 
 struct MoeGateBackwardCpuParams {

@@ -160,19 +160,12 @@ def _forward(
         y = ops.grouped_matmul(h, w_down, offsets)
     else:
         dtype = reference.rows_dtype(x, is_fp8=True)
-        rows, scale = _permute_quantized(ops, x, to_pos, to_entry)
+        rows, scale = ops.moe_permute(x, to_pos, to_entry, None, True)
         gate_up = ops.fp8_grouped_matmul(rows, scale, w_gate_up, scale_gate_up, offsets, dtype)
         del rows
         h, scale = ops.swiglu(gate_up, weights, to_entry, True, clamp)
         y = ops.fp8_grouped_matmul(h, scale, w_down, scale_down, offsets, dtype)
     return ops.moe_unpermute(y, to_pos, to_entry).to(x.dtype), gate_up, *maps
-
-
-def _permute_quantized(ops, x, to_pos, to_entry):
-    if not x.is_cpu:
-        return ops.moe_permute(x, to_pos, to_entry, None, True)
-    q, scale = ops.fp8_quantize(x)  # compiled for CPUs, as the quantiser inside moe_permute is not
-    return ops.moe_permute(q, to_pos, to_entry, scale)
 
 
 def _inference(config, *args):
@@ -215,6 +208,12 @@ def _grouped_matmul_wgrad(grad, a, expert_offsets):
     return out
 
 
+def _moe_permute(x, to_pos, to_entry, scale=None, quantize=False):
+    if quantize:  # a token once, not once a row
+        x, scale = fp8_quantize(x)
+    return moe_permute(x, to_pos, to_entry, scale)
+
+
 def _fp8_grouped_matmul(a, scale_a, b, scale_b, expert_offsets, out_dtype):
     out = _allocate.empty((a.shape[0], b.shape[1]), torch.float32, a.device).zero_()
     a = fp8_dequantize(a, scale_a, "1x128")
@@ -224,9 +223,8 @@ def _fp8_grouped_matmul(a, scale_a, b, scale_b, expert_offsets, out_dtype):
 
 
 _ON_CPU = SimpleNamespace(
-    fp8_quantize=fp8_quantize,
     moe_sort=moe_sort,
-    moe_permute=moe_permute,
+    moe_permute=_moe_permute,
     moe_unpermute=moe_unpermute,
     swiglu=swiglu,
     swiglu_backward=swiglu_backward,

@@ -4,7 +4,7 @@ import torch
 
 from ..plan import grouped_matmul as plan
 from ..reference import grouped_matmul as reference
-from . import _allocate, _descriptors, _grouped_cpu
+from . import _allocate, _descriptors, _extension, _grouped_cpu
 from . import _checks as checks
 from ._registry import register
 
@@ -141,6 +141,52 @@ def _fake_wgrad(grad, a, expert_offsets, out_dtype):
     return a.new_empty(expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1], dtype=out_dtype or a.dtype)
 
 
+def _addressable(t: torch.Tensor) -> bool:
+    """By the Hopper kernel: rows side by side that begin at multiples of 16 bytes, one matrix after the other."""
+    *group, row, column = t.stride()
+    apart = column == 1 and row >= max(t.shape[-1], 1) and row % 8 == t.data_ptr() % 16 == 0
+    return apart and (not group or t.shape[0] == 1 or (group[0] >= t.shape[1] * row and group[0] % 8 == 0))
+
+
+def _for_hopper(t: torch.Tensor) -> torch.Tensor:
+    return t if _addressable(t) else t.clone(memory_format=torch.contiguous_format)
+
+
+def _cuda(config, a, b, expert_offsets, out_dtype):
+    out = _allocate.empty((a.shape[0], b.shape[1]), a.dtype, a.device)
+    if out.numel() == 0:
+        return out
+    if b.shape[0] == 0:
+        return out.zero_()
+    transposed = not _addressable(b) and _addressable(b.transpose(1, 2))
+    a, weights = _for_hopper(a), b.transpose(1, 2) if transposed else _for_hopper(b)
+    address = _extension.address
+    _extension.module().grouped_matmul(
+        a=address(a), b=address(weights), groups=address(expert_offsets), d=address(out), num_rows=a.shape[0],
+        n=b.shape[1], k=b.shape[2], num_groups=b.shape[0], lda=a.stride(0), ldb=weights.stride(1),
+        b_stride_g=weights.stride(0), transposed=transposed, tile_m=config.columns, cluster_n=config.cluster,
+        raster=config.raster, ctas=config.ctas, stream=_extension.stream(a),
+    )  # fmt: skip
+    return out
+
+
+def _cuda_wgrad(config, grad, a, expert_offsets, out_dtype):
+    out = _allocate.empty((expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1]), out_dtype or a.dtype, a.device)
+    if out.numel() == 0:
+        return out
+    if a.shape[0] == 0:
+        return out.zero_()
+    grad, a = _for_hopper(grad), _for_hopper(a)
+    address = _extension.address
+    _extension.module().grouped_matmul_wgrad(
+        grad=address(grad), a=address(a), groups=address(expert_offsets), d=address(out), num_rows=a.shape[0],
+        n=out.shape[1], k=out.shape[2], num_groups=out.shape[0], ld_grad=grad.stride(0), lda=a.stride(0),
+        out_dtype=_extension.dtype_code(out.dtype), tile_n=config.columns, cluster_m=config.cluster,
+        raster=config.raster, ctas=config.ctas, stream=_extension.stream(a),
+    )  # fmt: skip
+    return out
+
+
 def _triton(config, a, b, expert_offsets, out_dtype):
     from ..triton_kernels import grouped_matmul as kernel
 
@@ -228,7 +274,7 @@ register(
     fake=_fake,
     reference=reference.grouped_matmul,
     check_values=_check_values("grouped_matmul"),
-    backends={"triton": _triton, "torch": _torch, "cpu": _cpu},
+    backends={"cuda": _cuda, "triton": _triton, "torch": _torch, "cpu": _cpu},
     backward=_backward,
     setup_context=_context,
 )
@@ -241,6 +287,7 @@ register(
     reference=reference.grouped_matmul_wgrad,
     check_values=_check_values("grouped_matmul_wgrad"),
     backends={
+        "cuda": _cuda_wgrad,
         "triton": _triton_wgrad,
         "torch": _torch_wgrad,
         "cpu": lambda config, *args: reference.grouped_matmul_wgrad(*args),

@@ -72,9 +72,11 @@ def _check_values(q, kv_cache, block_table, seqlens_kv, scale, causal, sink) -> 
 def _problem(q, kv_cache, block_table, seqlens_kv, scale, causal, sink) -> plan.Problem:
     b, s_q, h_q, d_qk = q.shape
     page_size = kv_cache.shape[1]
+    offsets = (kv_cache.storage_offset(), *(s for n, s in zip(kv_cache.shape, kv_cache.stride()[:2]) if n > 1))
+    aligned = all(offset * kv_cache.element_size() % plan.ALIGNMENT == 0 for offset in offsets)
     return plan.Problem(
         b, s_q, h_q, block_table.shape[1] * page_size, d_qk - D_ROPE, D_ROPE, page_size,
-        str(q.dtype).removeprefix("torch."), kv_cache.dtype == torch.uint8, causal, sink is not None,
+        str(q.dtype).removeprefix("torch."), kv_cache.dtype == torch.uint8, causal, sink is not None, aligned,
     )  # fmt: skip
 
 
@@ -87,6 +89,43 @@ def _outputs(q):
     b, s_q, h_q, d_qk = q.shape
     out = _allocate.empty((b, s_q, h_q, d_qk - D_ROPE), q.dtype, q.device)
     return out, _allocate.empty((b, h_q, s_q), torch.float32, q.device)
+
+
+def _cuda(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
+    out, lse = _outputs(q)
+    if out.numel() == 0:
+        return out, lse
+    q, row_stride = _queries_in_rows(q)
+    b, s_q, h_q, d_latent = out.shape
+    part_out = part_lse = heads = None
+    if config.parts > 1:  # a part has at most two pieces of sequences that it shares with others
+        part_out = _allocate.empty((2 * config.parts, s_q * h_q, d_latent), torch.float32, q.device)
+        part_lse = _allocate.empty((2 * config.parts, s_q * h_q), torch.float32, q.device)
+        heads = _allocate.empty((config.parts, 2), torch.int32, q.device)
+    sink = sink.contiguous() if sink is not None else None
+    address = _extension.address
+    _extension.module().mla_decode(
+        q=address(q), kv_cache=address(kv_cache), block_table=address(block_table), seqlens_kv=address(seqlens_kv),
+        sink=address(sink), out=address(out), lse=address(lse), part_out=address(part_out),
+        part_lse=address(part_lse), heads=address(heads), b=b, s_q=s_q, h_q=h_q, num_pages=kv_cache.shape[0],
+        page_size=kv_cache.shape[1], max_pages=block_table.shape[1], q_stride_b=q.stride(0), q_stride_row=row_stride,
+        page_stride=kv_cache.stride(0), row_stride=kv_cache.stride(1), scale=scale,
+        dtype=_extension.dtype_code(q.dtype), causal=causal, parts=config.parts, cluster=config.cluster,
+        stream=_extension.stream(q),
+    )  # fmt: skip
+    return out, lse
+
+
+def _queries_in_rows(q: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """q, or a copy, whose rows of all queries and heads lie equally far apart where TMA can fetch them; how far."""
+    (b, s_q, h_q, width), (of_b, of_s, of_h, last) = q.shape, q.stride()
+    row = of_h if h_q > 1 else of_s if s_q > 1 else width
+    equal = h_q == 1 or s_q == 1 or of_s == h_q * of_h
+    apart = row >= width and (b == 1 or of_b >= s_q * h_q * row)
+    places = (q.data_ptr(), row * q.element_size(), of_b * q.element_size() if b > 1 else 0)
+    if last == 1 and equal and apart and all(place % plan.ALIGNMENT == 0 for place in places):
+        return q, row
+    return q.clone(memory_format=torch.contiguous_format), width
 
 
 def _triton(config, q, kv_cache, block_table, seqlens_kv, scale, causal, sink):
@@ -176,5 +215,5 @@ register(
     fake=_fake,
     reference=reference.mla_decode,
     check_values=_check_values,
-    backends={"triton": _triton, "cpu": _cpu, "torch": _torch},
+    backends={"cuda": _cuda, "triton": _triton, "cpu": _cpu, "torch": _torch},
 )

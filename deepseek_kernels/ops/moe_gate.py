@@ -128,7 +128,7 @@ def _cpu(config, logits, bias, top_k, num_groups, topk_groups, score, normalize,
     weights = _allocate.empty((num_tokens, top_k), torch.float32, logits.device)
     indices = _allocate.empty((num_tokens, top_k), torch.int64, logits.device)
     extension, threads = _extension.cpu(), torch.get_num_threads()
-    size = extension.moe_gate_workspace(num_experts=num_experts, num_groups=num_groups, threads=threads)
+    size = extension.moe_gate_workspace(num_experts=num_experts, num_groups=num_groups, top_k=top_k, threads=threads)
     workspace = _allocate.empty((size,), torch.float32, logits.device)
     logits = checks.rows(logits)
     bias = bias.float() if bias is not None else None

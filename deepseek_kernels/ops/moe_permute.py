@@ -157,7 +157,9 @@ def _permute_cuda(config, x, token_topk_to_pos, pos_to_token_topk, scale, quanti
 
 
 def _permute_cpu(config, x, token_topk_to_pos, pos_to_token_topk, scale, quantize):
-    out, out_scale = _permute_outputs(x, pos_to_token_topk, scale, quantize)
+    if quantize:  # a token once, not once a row
+        x, scale = torch.ops.deepseek_kernels.fp8_quantize(x)
+    out, out_scale = _permute_outputs(x, pos_to_token_topk, scale, False)
     x = checks.rows(x)
     row_bytes = x.shape[1] * x.element_size()
     _extension.cpu().moe_permute(

@@ -10,6 +10,7 @@ from ..shapes import BLOCK, ceil_div
 from . import _fp8_hopper as hopper
 from . import _fp8_wgrad as wgrad
 from . import grouped_matmul as grouped
+from ._fp8_wgrad import WgradConfig
 from .backend import Environment, cpu_reason, cuda_reason, triton_reason
 from .fp8_matmul import CudaConfig
 
@@ -46,7 +47,7 @@ class Config:
     flatten: bool = False
 
 
-AnyConfig = Config | CudaConfig | wgrad.WgradConfig
+AnyConfig = Config | CudaConfig | WgradConfig
 
 
 def _unscaled(p: Problem) -> grouped.Problem:
@@ -186,7 +187,7 @@ def shared_memory(c: Config, p: Problem) -> int:
 
 
 def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
-    if isinstance(c, wgrad.WgradConfig):
+    if isinstance(c, WgradConfig):
         return wgrad.is_legal(c)
     if isinstance(c, CudaConfig):
         known = astuple(c)[:5] in INSTANCES[p.out_dtype]
@@ -215,7 +216,7 @@ def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
 
 def cost(c: AnyConfig, p: Problem, device: DeviceSpec) -> float:
     """Seconds, as for `grouped_matmul` and for `fp8_matmul`."""
-    if isinstance(c, wgrad.WgradConfig):
+    if isinstance(c, WgradConfig):
         return wgrad.seconds(c, _wgrad_size(p), device)
     if isinstance(c, CudaConfig):
         size, clusters = grouped.ELEMENT_BYTES[p.out_dtype], _expected_clusters(c, p)

@@ -1,11 +1,14 @@
 """Plan of `grouped_matmul` and `grouped_matmul_wgrad`: tiles for rows whose counts only the device knows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..device import DeviceSpec
 from ..shapes import ceil_div
-from .backend import BACKENDS, Environment, cpu_reason, triton_reason
+from . import _bf16_hopper as bf16
+from ._bf16_hopper import CudaConfig
+from .backend import BACKENDS, Environment, cpu_reason, cuda_reason, triton_reason
 
 ELEMENT_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 RATES = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -63,6 +66,9 @@ class Config:
     flatten: bool = False
 
 
+AnyConfig = Config | CudaConfig
+
+
 def flops(p: Problem) -> int:
     """Multiply-adds count two; as if every row had an expert."""
     return 2 * p.num_rows * p.n * p.k
@@ -78,7 +84,12 @@ def bytes(p: Problem) -> int:
 
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
-    return {"triton": _triton(p, device, env), "torch": _torch(p, device, env), "cpu": _cpu(p, device, env)}
+    return {
+        "cuda": _cuda(p, device, env),
+        "triton": _triton(p, device, env),
+        "torch": _torch(p, device, env),
+        "cpu": _cpu(p, device, env),
+    }
 
 
 def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
@@ -90,6 +101,16 @@ def preference(p: Problem, device: DeviceSpec) -> tuple[str, ...]:
     if p.kind == "forward" and rows <= CPU_MAX_ROWS:
         return BACKENDS
     return "cuda", "triton", "torch", "cpu", "reference"
+
+
+def _cuda(p: Problem, device: DeviceSpec, env: Environment) -> str:
+    if p.dtype != "bfloat16" or p.out_dtype not in bf16.OUT_DTYPES[p.kind]:
+        return f"takes bfloat16 and writes {' or '.join(bf16.OUT_DTYPES[p.kind])}, got {p.dtype} and {p.out_dtype}"
+    if p.n % 8 or p.k % 8 or p.k == 0:
+        return f"needs n and k to be multiples of 8, k at least 8, got {p.n} and {p.k}"
+    if p.num_experts > bf16.CUDA_MAX_EXPERTS:
+        return f"needs at most {bf16.CUDA_MAX_EXPERTS} experts, got {p.num_experts}"
+    return cuda_reason("grouped_matmul" + "_wgrad" * (p.kind == "wgrad"), device, env, archs=(90,))
 
 
 def _cpu(p: Problem, device: DeviceSpec, env: Environment) -> str:
@@ -157,7 +178,17 @@ CPU_CONFIG = Config(16, 32, 32, 2, 4, 1, 3)
 """Small, so that the interpreter meets several tiles, steps and programs on small shapes."""
 
 
-def candidates(p: Problem, device: DeviceSpec) -> list[Config]:
+def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Sequence[AnyConfig]:
+    return bf16.candidates(_size(p), device) if backend == "cuda" else _triton_candidates(p, device)
+
+
+def _size(p: Problem) -> bf16.Size:
+    experts = p.num_experts if p.kind == "wgrad" else max(p.busy_experts, 1)
+    rows = max(ceil_div(p.num_rows, max(experts, 1)), 1)
+    return bf16.Size(p.kind, rows, p.n, p.k, experts, experts > 1, bytes(p))
+
+
+def _triton_candidates(p: Problem, device: DeviceSpec) -> list[Config]:
     tma = _descriptor_reason(p) == ""
     if device.kind == "cpu":
         return [replace(CPU_CONFIG, tma=tma, flatten=tma)]
@@ -212,7 +243,9 @@ def resident(c: Config, p: Problem, device: DeviceSpec) -> int:
     return max(1, min(device.shared_memory // shared_memory(c, p), 65536 // registers, 4))
 
 
-def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
+def is_legal(c: AnyConfig, p: Problem, device: DeviceSpec) -> str:
+    if isinstance(c, CudaConfig):
+        return bf16.is_legal(c, p.kind)
     if device.kind == "cpu":
         return ""
     if c.tma and (device.arch < 90 or _descriptor_reason(p)):
@@ -229,12 +262,15 @@ def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
     return ""
 
 
-def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
+def cost(c: AnyConfig, p: Problem, device: DeviceSpec) -> float:
     """Seconds, if every busy expert had the average number of rows.
 
-    Waves of resident programs, each as long as its tile's matmul or its tile's loads from L2, whichever is longer. A
-    tensor core below 64 rows runs at about half its rate. Without descriptors the threads' copies come on top.
+    Triton: waves of resident programs, each as long as its tile's matmul or its tile's loads from L2, whichever is
+    longer. A tensor core below 64 rows runs at about half its rate. Without descriptors the threads' copies come on
+    top.
     """
+    if isinstance(c, CudaConfig):
+        return bf16.seconds(c, _size(p), device)
     element = ELEMENT_BYTES[p.dtype]
     rows = ceil_div(p.num_rows, max(p.busy_experts, 1))
     if p.kind == "wgrad":
@@ -253,9 +289,10 @@ def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
     return ceil_div(tiles, c.num_programs) * tile + copies * COPY_OPERATIONS / (device.rate("fp32") / 2)
 
 
-def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
-    """Only the Triton kernel has a choice of tile."""
+def select(p: Problem, device: DeviceSpec, backend: str) -> AnyConfig | None:
+    if backend == "cuda":
+        return min(candidates(p, device, backend), key=lambda c: cost(c, p, device))
     if backend != "triton":
         return None
-    legal = [c for c in candidates(p, device) if not is_legal(c, p, device)]
+    legal = [c for c in _triton_candidates(p, device) if not is_legal(c, p, device)]
     return min(legal, key=lambda c: (cost(c, p, device), c.block_m, c.block_n, c.num_stages))

@@ -1,16 +1,17 @@
 """Plan of `mla_decode`: the tile, and into how many parts each sequence is split so that every SM has work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..device import DeviceSpec
+from ..device import H200, DeviceSpec
 from ..shapes import FP8_CACHE_ROW, align_up, ceil_div
-from .backend import Environment, cpu_reason, cpu_reference_reason, triton_reason
+from .backend import Environment, cpu_reason, cpu_reference_reason, cuda_reason, triton_reason
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`s_kv`: cached tokens of every sequence; the op, which may not look, puts max_pages * page_size."""
+    """`s_kv`: cached tokens of every sequence; the op, which may not look, puts max_pages * page_size.
+    `aligned`: whether all rows of the cache begin at multiples of 16 bytes."""
 
     b: int
     s_q: int
@@ -23,6 +24,7 @@ class Problem:
     fp8_cache: bool = False
     causal: bool = True
     sink: bool = False
+    aligned: bool = True
 
     @property
     def element_bytes(self) -> int:
@@ -51,6 +53,15 @@ class Config:
     native_fp8: bool
 
 
+@dataclass(frozen=True)
+class CudaConfig:
+    """`parts`: equal ones that the tokens of all sequences are cut into; each has a CTA for every 64 query rows.
+    `cluster`: of those CTAs, how many fetch the cache together."""
+
+    parts: int
+    cluster: int
+
+
 def flops(p: Problem) -> int:
     """Scores over d_latent + d_rope and values over d_latent, FlashMLA's count: no discount for the mask."""
     return 2 * p.b * p.s_q * p.h_q * p.s_kv * (2 * p.d_latent + p.d_rope)
@@ -65,12 +76,25 @@ def bytes(p: Problem) -> int:
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
     geometry = "" if p.d_latent in (256, 512) else f"handles d_latent 256 and 512, got {p.d_latent}"
     return {
+        "cuda": _hopper_reason(p) or cuda_reason("mla_decode", device, env, archs=(90,)),
         "triton": geometry or triton_reason(device, env),
         "cpu": cpu_reason("mla_decode", device, env),
         "torch": cpu_reference_reason(device),
     }
 
 
+def _hopper_reason(p: Problem) -> str:
+    if p.dtype not in ("bfloat16", "float16") or p.fp8_cache:
+        return f"takes bf16 and fp16, got {'FP8' if p.fp8_cache else p.dtype}"
+    if (p.d_latent, p.d_rope) != (512, 64):
+        return f"handles d_latent 512, got {p.d_latent}"
+    if p.page_size % _BOX:
+        return f"loads {_BOX} tokens of a page and more at once, got pages of {p.page_size}"
+    return "" if p.aligned else f"loads rows at multiples of {ALIGNMENT} bytes only, kv_cache has others"
+
+
+ALIGNMENT = 16
+_BOX = 8
 _EVERY = (80, 89, 90, 100)
 _TILES = {  # block_h, block_n, num_warps, num_stages, hoist, architectures on which it does not spill
     "16 bit": (
@@ -98,6 +122,10 @@ _TILE_LATENCY = 0.7e-6  # seconds from asking for a tile to having used it
 _PROGRAM_OVERHEAD = 2e-6  # seconds: queries in, accumulator out
 _LAUNCH = 3e-6  # seconds the merge adds
 _MMA_EFFICIENCY = {16: 0.2, 32: 0.3, 64: 0.45}  # of the peak rate, by block_h
+CUDA_ROWS, CUDA_TOKENS = 64, 128  # of queries and of the cache that a CTA of the CUDA kernel takes at once
+# Assumed, for no GPU has run the CUDA kernel yet:
+_CUDA_EFFICIENCY = 0.75  # of the peak rate, where the cache arrives in time
+_L2_BANDWIDTH = 5.5e12  # bytes per second that all multiprocessors together read
 _WIDEN = 1.1e-8  # seconds an SM takes to bring an FP8 row to 16 bits
 
 
@@ -113,7 +141,25 @@ def shared_memory(c: Config, p: Problem, arch: int) -> int:
     return held + max(c.num_stages - 1, 1) * tile
 
 
-def candidates(p: Problem, device: DeviceSpec) -> Iterator[Config]:
+def candidates(p: Problem, device: DeviceSpec, backend: str = "triton") -> Iterator[Config] | Iterator[CudaConfig]:
+    return _cuda_candidates(p, device) if backend == "cuda" else _triton_candidates(p, device)
+
+
+def _cuda_candidates(p: Problem, device: DeviceSpec) -> Iterator[CudaConfig]:
+    """A CTA for each multiprocessor, as long as there are pairs of blocks for all of them."""
+    device = device if device.kind == "cuda" else H200  # in the model
+    tiles = _cuda_tiles(p)
+    parts = max(1, min(device.num_sms // tiles, p.b * ceil_div(p.s_kv, CUDA_TOKENS)))
+    for cluster in (1, 2):
+        if tiles % cluster == 0:
+            yield CudaConfig(parts, cluster)
+
+
+def _cuda_tiles(p: Problem) -> int:
+    return max(ceil_div(p.s_q * p.h_q, CUDA_ROWS), 1)
+
+
+def _triton_candidates(p: Problem, device: DeviceSpec) -> Iterator[Config]:
     fp8 = "fp8" if p.dtype == "bfloat16" else "fp8 to fp16"
     kind = "fp32" if p.dtype == "float32" else fp8 if p.fp8_cache else "16 bit"
     for block_h, block_n, num_warps, num_stages, hoist, archs in _TILES[kind]:
@@ -129,8 +175,11 @@ def _family(arch: int) -> int:
     return max((a for a in (80, 89, 90, 100) if a <= arch), default=80)
 
 
-def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
+def is_legal(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> str:
     """Why `c` cannot run; empty when it can."""
+    if isinstance(c, CudaConfig):
+        tiles = _cuda_tiles(p)
+        return _hopper_reason(p) or (f"clusters of {c.cluster} for {tiles} tiles" if tiles % c.cluster else "")
     if c.num_splits > 1 and c.num_splits * _TOKENS_PER_SPLIT > p.s_kv:
         return f"{c.num_splits} splits of {p.s_kv} tokens"
     if c.block_h > 16 and c.block_h >= 2 * p.s_q * p.h_q:
@@ -143,8 +192,10 @@ def is_legal(c: Config, p: Problem, device: DeviceSpec) -> str:
     return ""
 
 
-def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
+def cost(c: Config | CudaConfig, p: Problem, device: DeviceSpec) -> float:
     """Seconds: waves of programs, no faster than memory allows, and the merge of the parts."""
+    if isinstance(c, CudaConfig):
+        return _cuda_cost(c, p, device)
     blocks = max(ceil_div(p.s_q * p.h_q, c.block_h), 1)
     resident = 8 // c.num_warps  # accumulators fill the register file
     if device.shared_memory:
@@ -164,8 +215,25 @@ def cost(c: Config, p: Problem, device: DeviceSpec) -> float:
     return seconds
 
 
-def select(p: Problem, device: DeviceSpec, backend: str) -> Config | None:
-    """Only the Triton kernel has a choice of tile."""
+def _cuda_cost(c: CudaConfig, p: Problem, device: DeviceSpec) -> float:
+    """Seconds of the longest part, whose tiles share what they read, and of adding up partial results."""
+    ctas = c.parts * _cuda_tiles(p)
+    busy = min(ctas, device.num_sms)
+    pairs = ceil_div(p.b * ceil_div(p.s_kv, CUDA_TOKENS), c.parts)
+    mma = 2 * CUDA_ROWS * CUDA_TOKENS * (2 * p.d_latent + p.d_rope) * device.num_sms / device.rate("bf16")
+    read = CUDA_TOKENS * p.row_bytes * busy
+    pair = max(mma / _CUDA_EFFICIENCY, read / _cuda_tiles(p) / device.bandwidth, read / c.cluster / _L2_BANDWIDTH)
+    seconds = ceil_div(ctas, device.num_sms) * (_PROGRAM_OVERHEAD + pairs * pair)
+    if c.parts > 1:
+        seconds += _LAUNCH + 8 * c.parts * p.s_q * p.h_q * p.d_latent / device.bandwidth
+    return seconds
+
+
+def select(p: Problem, device: DeviceSpec, backend: str) -> Config | CudaConfig | None:
+    """Of the CUDA kernel and of the Triton one; the CPU ones have no choice."""
+    if backend == "cuda":
+        return min(_cuda_candidates(p, device), key=lambda c: (cost(c, p, device), c.cluster))
     if backend != "triton":
         return None
-    return min(candidates(p, device), key=lambda c: (cost(c, p, device), c.num_splits, -c.block_h, -c.block_n))
+    options: Sequence[Config] = list(_triton_candidates(p, device))
+    return min(options, key=lambda c: (cost(c, p, device), c.num_splits, -c.block_h, -c.block_n))

@@ -51,11 +51,11 @@ def bytes(p: Problem) -> int:
 
 def backends(p: Problem, device: DeviceSpec, env: Environment) -> dict[str, str]:
     float64 = "float64 runs on the reference only" if p.dtype == "float64" else ""
-    no_quantize = "moves rows and does not quantise them" if p.quantize else ""
+    quantizer = cpu_reason("fp8_quantize", device, env) if p.quantize else ""
     return {
         "cuda": float64 or cuda_reason(f"moe_{p.kind}", device, env),
         "triton": float64 or triton_reason(device, env),
-        "cpu": float64 or no_quantize or cpu_reason(f"moe_{p.kind}", device, env),
+        "cpu": float64 or quantizer or cpu_reason(f"moe_{p.kind}", device, env),
     }
 
 

@@ -1,4 +1,5 @@
-"""Times of several functions on the same footing: in rotation, the last-level cache cold, warm-up outside.
+"""Times of several functions on the same footing: in rotation, warm-up outside, the last-level cache cold unless a CPU
+is asked for warm ones.
 
 On a GPU a function is captured into a CUDA graph with one call per input set and timed by events, so that what is
 measured is the device. The cache is overwritten before every replay and each input set is read once in a replay: every
@@ -49,6 +50,7 @@ def measure(
     *,
     seconds: float = 0.5,
     uncapturable: frozenset[str] = frozenset(),
+    warm: bool = False,
 ) -> dict[str, Timing]:
     """Time every function, one sample each in turn.
 
@@ -56,10 +58,11 @@ def measure(
         functions: name -> calls.
         seconds: about how long all samples of one function may take; at least 3 and at most 50 are taken.
         uncapturable: names of functions that synchronise with the host.
+        warm: on a CPU, leave the caches as they are: what a function reads may have been written just before.
     """
     if device.type == "cuda":
         return _measure_cuda(functions, device, seconds, uncapturable)
-    return _measure_cpu(functions, device, seconds)
+    return _measure_cpu(functions, device, seconds, warm)
 
 
 def _quantiles(samples: list[float]) -> tuple[float, float, float]:
@@ -73,19 +76,20 @@ def _rounds(slowest: float, seconds: float) -> int:
     return int(min(50, max(3, seconds / max(slowest, 1e-6))))
 
 
-def _measure_cpu(functions, device, seconds) -> dict[str, Timing]:
+def _measure_cpu(functions, device, seconds, warm) -> dict[str, Timing]:
     flush = Flush(device)
 
     def sample(calls: Calls) -> tuple[float, bool]:
-        flush()
+        if not warm:
+            flush()
         switches, start, worked = _taken_away(), time.perf_counter(), time.thread_time()
         for call in calls:
             call()
         worked, took = time.thread_time() - worked, time.perf_counter() - start
         return took / len(calls) * 1e6, _taken_away() == switches and worked > 0.9 * took - 2e-5
 
-    warm = {name: min(sample(calls)[0], sample(calls)[0]) * len(calls) for name, calls in functions.items()}
-    rounds = {name: _rounds(took / 1e6, seconds) for name, took in warm.items()}
+    first = {name: min(sample(calls)[0], sample(calls)[0]) * len(calls) for name, calls in functions.items()}
+    rounds = {name: _rounds(took / 1e6, seconds) for name, took in first.items()}
     every: dict[str, list[float]] = {name: [] for name in functions}
     alone: dict[str, list[float]] = {name: [] for name in functions}
     deadline = time.perf_counter() + _PATIENCE * seconds * len(functions)

@@ -221,6 +221,10 @@ inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
 inline __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int order) {
   return (__m512i)_mm512_shuffle_f32x4((__m512)a, (__m512)b, order);
 }
+inline __m512i _mm512_broadcast_i32x4(__m128i a) {
+  __m128i four[4] = {a, a, a, a};
+  return bits_of<__m512i>(four);
+}
 inline __m512i _mm512_permutexvar_epi64(__m512i order, __m512i a) {
   return lanes<__m512i>([&](int i) { return a[order[i] & 7]; });
 }

@@ -35,7 +35,7 @@ void gate(Random& random, Format format, GateScore score, int64_t experts, int g
   std::vector<int64_t> indices(size_t(tokens * top_k), -7);
   std::unique_ptr<bool[]> mask(new bool[tokens]);
   for (int64_t t = 0; t < tokens; ++t) mask[t] = t % 5 != 1;
-  std::vector<float> workspace(size_t(moe_gate_workspace(experts, groups, threads)));
+  std::vector<float> workspace(size_t(moe_gate_workspace(experts, groups, top_k, threads)));
   moe_gate_cpu({.logits = logits.data(),
                 .bias = with_bias ? bias.floats() : nullptr,
                 .mask = mask.get(),

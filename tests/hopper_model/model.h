@@ -114,7 +114,7 @@ inline Place register_a_place(int thread, int i) {
 }
 // Where a wgmma with that descriptor looks for an element of its operand.
 uint32_t operand_address(uint64_t descriptor, bool mn_major, int mn, int k, int element_bytes);
-enum Type { E4M3, BF16 };
+enum Type { E4M3, BF16, F16 };
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int n, std::initializer_list<float*> read_afterwards);

@@ -336,7 +336,7 @@ __global__ void wgmma_fp8(uint8_t* out, const __grid_constant__ TensorMap map_a,
 }
 
 // kRegisterA: A from registers; kTransB: B stored as [k][n].
-template <bool kRegisterA, int kTransB>
+template <class T, bool kRegisterA, int kTransB>
 __global__ void wgmma_16bit(uint8_t* out, const __grid_constant__ TensorMap map_a,
                             const __grid_constant__ TensorMap map_b) {
   DYNAMIC_SMEM(raw);
@@ -359,12 +359,46 @@ __global__ void wgmma_16bit(uint8_t* out, const __grid_constant__ TensorMap map_
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const uint64_t desc_b = kTransB ? desc_mn_b128(s.b, 64 * 128) + k * (16 * 128 >> 4) : desc_k_b128(s.b) + k * 2;
-    if constexpr (kRegisterA) {
-      wgmma_bf16_rs<64, kTransB>(d, a[k], desc_b, 1);
+    const uint64_t desc_a = desc_k_b128(s.a) + k * 2;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      if constexpr (kRegisterA) {
+        wgmma_bf16_rs<64, kTransB>(d, a[k], desc_b, 1);
+      } else {
+        wgmma_bf16<64, 0, kTransB>(d, desc_a, desc_b, 1);
+      }
     } else {
-      wgmma_bf16<64, 0, kTransB>(d, desc_k_b128(s.a) + k * 2, desc_b, 1);
+      if constexpr (kRegisterA) {
+        wgmma_f16_rs<64, kTransB>(d, a[k], desc_b, 1);
+      } else {
+        wgmma_f16<64, 0, kTransB>(d, desc_a, desc_b, 1);
+      }
     }
   }
+  wgmma_commit();
+  wgmma_wait<0>(d);
+  write_fragment(out, d);
+}
+
+// B stored as [k][n], kTransA: A as [k][m], in blocks of 64 columns.
+template <int kTransA, int kN>
+__global__ void wgmma_mn_major(uint8_t* out, const __grid_constant__ TensorMap map_a,
+                               const __grid_constant__ TensorMap map_b) {
+  DYNAMIC_SMEM(raw);
+  Shared& s = shared_with_barrier(raw, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_and_expect_tx(&s.bar[0], (64 + kN) * 128);
+    tma_load_2d(s.a, map_a, &s.bar[0], 0, 0);
+    for (int n = 0; n < kN; n += 64) tma_load_2d(s.b + n * 128, map_b, &s.bar[0], n, 0);
+  }
+  mbarrier_wait(&s.bar[0], 0);
+  float d[kN / 2];
+  wgmma_fence(d);
+  constexpr uint64_t kStepMn = 16 * 128 >> 4;
+  const uint64_t desc_a = kTransA ? desc_mn_b128(s.a, 64 * 128) : desc_k_b128(s.a);
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    wgmma_bf16<kN, kTransA, 1>(d, desc_a + k * (kTransA ? kStepMn : 2), desc_mn_b128(s.b, 64 * 128) + k * kStepMn,
+                               k != 0);
   wgmma_commit();
   wgmma_wait<0>(d);
   write_fragment(out, d);
@@ -481,15 +515,27 @@ void run_all() {
   record("wgmma_e4m3_128", wgmma_fp8<128>, 1, 128, 1, fp8_map(a, 64), fp8_map(b, 128));
 
   Buffer<__nv_bfloat16> c(64 * 64), d(64 * 64);
+  Buffer<__half> e(64 * 64), f(64 * 64);
   for (size_t i = 0; i < c.size(); ++i) {
-    c[i] = __float2bfloat16_rn(values[(i * 5 + i / 64) % 8]);
-    d[i] = __float2bfloat16_rn(values[(i * 3 + i / 32 + i / 7) % 8]);
+    const float left = values[(i * 5 + i / 64) % 8], right = values[(i * 3 + i / 32 + i / 7) % 8];
+    c[i] = __float2bfloat16_rn(left), d[i] = __float2bfloat16_rn(right);
+    e[i] = __float2half_rn(left), f[i] = __float2half_rn(right);
   }
-  const TensorMap map_c = map_of(Element::kBf16, c.data(), 64, 64, 64, 64, Swizzle::k128);
-  const TensorMap map_d = map_of(Element::kBf16, d.data(), 64, 64, 64, 64, Swizzle::k128);
-  record("wgmma_bf16", wgmma_16bit<false, 0>, 1, 128, 1, map_c, map_d);
-  record("wgmma_bf16_b_mn_major", wgmma_16bit<false, 1>, 1, 128, 1, map_c, map_d);
-  record("wgmma_bf16_a_in_registers", wgmma_16bit<true, 0>, 1, 128, 1, map_c, map_d);
+  auto map_16bit = [](const void* p) { return map_of(Element::kBf16, p, 64, 64, 64, 64, Swizzle::k128); };
+  const TensorMap map_c = map_16bit(c.data()), map_d = map_16bit(d.data());
+  record("wgmma_bf16", wgmma_16bit<__nv_bfloat16, false, 0>, 1, 128, 1, map_c, map_d);
+  record("wgmma_bf16_b_mn_major", wgmma_16bit<__nv_bfloat16, false, 1>, 1, 128, 1, map_c, map_d);
+  record("wgmma_bf16_a_in_registers", wgmma_16bit<__nv_bfloat16, true, 0>, 1, 128, 1, map_c, map_d);
+  Buffer<__nv_bfloat16> wide(64 * 256);
+  for (size_t i = 0; i < wide.size(); ++i) wide[i] = __float2bfloat16_rn(values[(i * 3 + i / 32 + i / 7) % 8]);
+  const TensorMap map_wide = map_of(Element::kBf16, wide.data(), 256, 64, 64, 64, Swizzle::k128);
+  record("wgmma_bf16_b_mn_major_256", wgmma_mn_major<0, 256>, 1, 128, 1, map_c, map_wide);
+  record("wgmma_bf16_mn_major_128", wgmma_mn_major<1, 128>, 1, 128, 1, map_c, map_wide);
+  record("wgmma_bf16_mn_major_256", wgmma_mn_major<1, 256>, 1, 128, 1, map_c, map_wide);
+  const TensorMap map_e = map_16bit(e.data()), map_f = map_16bit(f.data());
+  record("wgmma_f16", wgmma_16bit<__half, false, 0>, 1, 128, 1, map_e, map_f);
+  record("wgmma_f16_b_mn_major", wgmma_16bit<__half, false, 1>, 1, 128, 1, map_e, map_f);
+  record("wgmma_f16_a_in_registers", wgmma_16bit<__half, true, 0>, 1, 128, 1, map_e, map_f);
 
   record("e4m3_of_every_bf16", e4m3_of_every_bf16, 1, 128, 1);
   record("scales_and_quotients", scales_and_quotients, 1, 128, 1);

@@ -40,6 +40,14 @@ float decode_bf16(uint16_t v) {
   memcpy(&f, &u, 4);
   return f;
 }
+float decode_f16(uint16_t v) {
+  const int exponent = v >> 10 & 31, mantissa = v & 1023;
+  const float f = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                  : exponent     ? std::ldexp(1024.f + mantissa, exponent - 25)
+                                 : std::ldexp(float(mantissa), -24);
+  return v >> 15 ? -f : f;
+}
+float decode_16(Type t, uint16_t v) { return t == BF16 ? decode_bf16(v) : decode_f16(v); }
 
 // Loads rows [r0, r0+rows) of an operand as float [k][row] (k-major outside so that the product vectorises).
 void fetch(Cta* c, Type t, uint64_t desc, bool mn_major, int r0, int rows, float* out, int ld) {
@@ -58,7 +66,7 @@ void fetch(Cta* c, Type t, uint64_t desc, bool mn_major, int r0, int rows, float
           for (int j = 0; j < 8; ++j) {
             uint16_t h;
             memcpy(&h, p + 2 * j, 2);
-            out[(ch * 8 + j) * ld + r] = decode_bf16(h);
+            out[(ch * 8 + j) * ld + r] = decode_16(t, h);
           }
       }
   } else {
@@ -68,7 +76,7 @@ void fetch(Cta* c, Type t, uint64_t desc, bool mn_major, int r0, int rows, float
         for (int j = 0; j < 8; ++j) {
           uint16_t h;
           memcpy(&h, p + 2 * j, 2);
-          out[k * ld + ch * 8 + j] = decode_bf16(h);
+          out[k * ld + ch * 8 + j] = decode_16(t, h);
         }
       }
   }
@@ -107,7 +115,7 @@ void run_wgmma(Event& e) {  // one warp's 16 rows of its next wgmma
         fail("thread %d changed wgmma A registers before wgmma_wait", t);
       for (int i = 0; i < 8; ++i) {
         const Place at = register_a_place(l, i);
-        A[at.column * 16 + at.row] = decode_bf16(uint16_t(op.a[t][i / 2] >> (i % 2 * 16)));
+        A[at.column * 16 + at.row] = decode_16(op.type, uint16_t(op.a[t][i / 2] >> (i % 2 * 16)));
       }
     }
   } else {

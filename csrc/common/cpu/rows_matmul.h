@@ -8,6 +8,7 @@
 // Rows of a: fp32, scales already applied, zero-padded to a multiple of kStep columns.
 // Floor:    bytes of w for small m (the decode hides behind memory), 2*m*n*k flops of fp32 FMA for large m.
 #pragma once
+#include "common/cpu/count.h"
 #include "common/cpu/slice.h"
 #include "common/cpu/vec.h"
 #include "common/cpu/weights.h"

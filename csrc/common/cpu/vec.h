@@ -486,18 +486,6 @@ inline void with_dtype(Dtype dtype, const Body& body) {
       return body(DtypeTag<Dtype::kBf16>{});
   }
 }
-// body(tag) with a tag whose static `kCount` is m, 1 <= m <= kMost.
-template <int kValue>
-struct CountTag {
-  static constexpr int kCount = kValue;
-};
-template <int kMost, class Body>
-inline void with_count(int m, const Body& body) {
-  if constexpr (kMost > 1) {
-    if (m < kMost) return with_count<kMost - 1>(m, body);
-  }
-  body(CountTag<kMost>{});
-}
 
 }  // namespace
 }  // namespace deepseek_kernels

@@ -50,6 +50,7 @@ def decode(g: torch.Generator) -> list[Sample]:
     return [
         case("bf16", [37, 0, 5], 1, 16, 16, 3, any_strides=("q",)),
         case("causal", [1, 20], 3, 5, 4, 6, sink=True),
+        case("cut_fp16", [150, 65], 2, 3, 64, 3, dtype=torch.float16, sink=True),
         case("fp8", [40, 9], 1, 16, 16, 3, cache=torch.uint8, sink=True),
         case("fp8_fp16", [11], 2, 2, 1, 13, dtype=torch.float16, cache=torch.uint8),
         case("narrow_fp16", [33], 2, 3, 64, 1, 256, torch.float16, causal=False),
