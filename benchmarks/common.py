@@ -252,15 +252,20 @@ def try_once(bench: Bench, provider: Provider, args: tuple, expected: tuple) -> 
     return check(actual, expected, provider.tolerance or bench.tolerance), relative_error(actual, expected)
 
 
-def _record(bench: Bench, case: Case, provider: str, backend: str) -> dict[str, Any]:
+def label(bench: Bench, warm: bool) -> str:
+    """Under which results are kept."""
+    return bench.label + " warm" if warm else bench.label
+
+
+def _record(bench: Bench, case: Case, provider: str, backend: str, warm: bool) -> dict[str, Any]:
     dims = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in case.dims.items()}
-    names = {"op": bench.label, "case": case.name, "dims": dims, "provider": provider, "backend": backend}
+    names = {"op": label(bench, warm), "case": case.name, "dims": dims, "provider": provider, "backend": backend}
     return names | {"status": "ok"}
 
 
-def failure(bench: Bench, case: Case, reason: str) -> dict[str, Any]:
+def failure(bench: Bench, case: Case, reason: str, warm: bool) -> dict[str, Any]:
     """The record of a case that broke before any provider ran."""
-    return _record(bench, case, "inputs and reference", "reference") | {"status": "failed", "reason": reason}
+    return _record(bench, case, "inputs and reference", "reference", warm) | {"status": "failed", "reason": reason}
 
 
 def run_case(
@@ -280,12 +285,11 @@ def run_case(
     cost = bench.cost or (lambda problem, *args: (operator.plan.flops(problem), operator.plan.bytes(problem)))
     flops, num_bytes = cost(problem, *args)
     records, right = [], []
-    label = {"op": bench.label + " warm"} if warm else {}
     with torch.set_grad_enabled(any(t.requires_grad for t in _tensors(args))):
         expected = reference(bench, args)
         for provider in (*ours(bench, args), *peers(bench, device, compiled)):
-            record = _record(bench, case, provider.name, provider.backend)
-            record |= label | {"config": provider.config, "flops": flops, "bytes": num_bytes}
+            record = _record(bench, case, provider.name, provider.backend, warm)
+            record |= {"config": provider.config, "flops": flops, "bytes": num_bytes}
             records.append(record)
             try:
                 reason, record["relative_error"] = try_once(bench, provider, args, expected)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import Bench, Case, environment, failure, run_case, write
+from common import Bench, Case, environment, failure, label, run_case, write
 
 WRONG, DEVICE_LOST, LEFT_OVER = 1, 4, 75
 COLUMNS = (
@@ -99,7 +99,7 @@ def measure(bench: Bench, case: Case, device: torch.device, options) -> list[dic
         )  # fmt: skip
     except Exception as error:  # inputs or reference: the other cases still count
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [failure(bench, case, reason)]
+        return [failure(bench, case, reason, options.warm)]
 
 
 def usable(device: torch.device) -> bool:
@@ -139,8 +139,9 @@ def main() -> int:
     print(f"{about['device_name']}, {about['versions']}, commit {about['commit']}")
     start, failures = time.perf_counter(), 0
     skip = finished(options.out, about) if options.resume and options.out else set()
-    suffix = " warm" if options.warm else ""
-    todo = [(bench, case) for bench, case in chosen(options, device) if (bench.label + suffix, case.name) not in skip]
+    todo = [
+        (bench, case) for bench, case in chosen(options, device) if (label(bench, options.warm), case.name) not in skip
+    ]
     while todo and time.perf_counter() - start < options.budget:
         bench, case = todo.pop(0)
         records = measure(bench, case, device, options)

@@ -274,6 +274,10 @@ def test_rows_that_tma_cannot_address_are_seen():
     assert not op._problem(q, memory[:, :, 4:580], *args).aligned
     assert not op._problem(q, torch.zeros(2, 8, 580, dtype=torch.bfloat16)[:, :, :576], *args).aligned
     assert op._problem(q, memory[:1, :, 8:], *args).aligned
+    rows = torch.zeros(8, 2, 576, dtype=torch.bfloat16)
+    assert op._problem(q, rows.transpose(0, 1), *args).aligned
+    assert not op._problem(q, rows[:, :1].expand(-1, 4, -1), *args).aligned, "the same row in every place of a page"
+    assert not op._problem(q, rows[:1].expand(8, -1, -1), *args).aligned, "the same page eight times"
 
 
 def test_queries_are_copied_only_where_tma_cannot_fetch_them():

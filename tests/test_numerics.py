@@ -24,14 +24,16 @@ def rows(name: str) -> list[list[str]]:
 
 
 def test_the_page_holds_the_scripts_figures(monkeypatch):
-    """Those of the smallest size again; the last digit may differ between processors."""
+    """Those of the smallest size again; the last digit may differ between processors, and what fp32 rounds away with the
+    order of the sum, which every instruction set has its own of."""
     monkeypatch.setattr(numerics, "KS", (128,))
     header, _, *stored = rows("matmul")
     assert len(stored) == 6 and len(header) == 8
     torch.manual_seed(0)
     again = next(iter(numerics.matmul_rows()))
     assert again[:2] == tuple(stored[0][:2])
-    for a, s in zip(again[2:], stored[0][2:], strict=True):
+    assert 0.5 < float(again[2]) / float(stored[0][2]) < 2
+    for a, s in zip(again[3:], stored[0][3:], strict=True):
         assert float(a) == pytest.approx(float(s), rel=0.2)
     for row in stored:
         assert float(row[2]) < 1e-6 and float(row[3]) < 2**-8 and float(row[-1]) < 1e-3

@@ -14,6 +14,7 @@ from deepseek_kernels import tune
 from deepseek_kernels.device import A100, B200, CPU, GPUS, H100, H200
 from deepseek_kernels.ops import _registry, _tuned
 from deepseek_kernels.ops._registry import OPERATORS
+from deepseek_kernels.plan import _fp8_hopper as fp8_hopper
 from deepseek_kernels.plan import backend, fp8_matmul, fused_moe, tuned
 from deepseek_kernels.plan.backend import BACKENDS, choose
 from deepseek_kernels.plan.tuned import Measured
@@ -89,6 +90,19 @@ def test_a_neighbours_configuration_is_made_for_the_problem_at_hand():
         for c in tuned.options(fp8_matmul, near, H100, "triton")
         if (c.block_m, c.block_n) == (tile.block_m, tile.block_n)
     ]
+
+
+def test_a_neighbour_does_not_choose_a_tile_that_was_not_measured():
+    """Sizes twice as far apart have other numbers of blocks, and other tiles of the same."""
+    of_tile = [f.name for f in dataclasses.fields(fp8_hopper.Tile)]
+    for n, k in ((576, 7168), (1536, 7168), (2112, 7168), (4096, 7168), (7168, 2048), (32768, 512)):
+        for m in (1, 16, 48, 100):
+            there = fp8_matmul.Problem(m, n, k)
+            for measured in tuned.options(fp8_matmul, there, H200, "cuda"):
+                for near in (m + 1, 2 * m):
+                    here = tuned.options(fp8_matmul, dataclasses.replace(there, m=near), H200, "cuda")
+                    chosen = tuned.config([Measured("cuda", measured, 1.0)], "cuda", here)
+                    assert all(getattr(chosen, f) == getattr(measured, f) for f in of_tile), (measured, chosen)
 
 
 def test_no_configuration_can_be_the_measured_one():

@@ -38,8 +38,8 @@ def mla_decode(
 
     Returns:
         out [b, s_q, h_q, d_latent] in q's dtype, lse fp32 [b, h_q, s_q]: natural log, without the sink. A query that
-        sees nothing has out 0 and lse -inf. Results are deterministic; they depend on the batch size through the
-        number of parts a sequence is split into.
+        sees nothing has out 0 and lse -inf. Results are deterministic; they depend on the batch through the parts
+        that sequences are split into: on its size, and in CUDA on the lengths of all of them.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -71,9 +71,13 @@ def _check_values(q, kv_cache, block_table, seqlens_kv, scale, causal, sink) -> 
 
 def _problem(q, kv_cache, block_table, seqlens_kv, scale, causal, sink) -> plan.Problem:
     b, s_q, h_q, d_qk = q.shape
-    page_size = kv_cache.shape[1]
-    offsets = (kv_cache.storage_offset(), *(s for n, s in zip(kv_cache.shape, kv_cache.stride()[:2]) if n > 1))
-    aligned = all(offset * kv_cache.element_size() % plan.ALIGNMENT == 0 for offset in offsets)
+    pages, page_size, width = kv_cache.shape
+    steps = sorted((s, n) for n, s in zip((pages, page_size), kv_cache.stride()) if n > 1)
+    size = kv_cache.element_size()
+    aligned = all(offset * size % plan.ALIGNMENT == 0 for offset in (kv_cache.storage_offset(), *(s for s, _ in steps)))
+    for step, count in steps:  # rows that overlap are no tensor to TMA
+        aligned &= step >= width
+        width = step * count
     return plan.Problem(
         b, s_q, h_q, block_table.shape[1] * page_size, d_qk - D_ROPE, D_ROPE, page_size,
         str(q.dtype).removeprefix("torch."), kv_cache.dtype == torch.uint8, causal, sink is not None, aligned,

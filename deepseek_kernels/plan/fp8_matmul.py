@@ -193,8 +193,8 @@ INSTANCES = {
 }
 """What csrc/fp8_matmul/launch_*.cu compile."""
 TRIALS = ((32, 64, 1, 1, True, 4), (64, 64, 1, 1, True, 2), (64, 64, 1, 1, True, 4))
-"""Of these, what no GPU has run yet: chosen only where `tune` has measured them. The model has them 10 to 20 % below
-the others for 33 to 128 tokens and n of at most 4096, where an H200 takes up to 1.25 times as long as DeepGEMM."""
+"""Of these, what no GPU has run yet: chosen only where `tune` has measured them. The model has them 10 to 25 % below
+the others for 33 to 128 tokens and few columns (docs/performance/fp8_matmul.md)."""
 SPLITS = (1, 2, 4, 8, 16)
 MAX_SPLIT_ROWS = 256
 """Above, the tiles fill the device without sharing out k."""

@@ -90,7 +90,7 @@ def _hopper_reason(p: Problem) -> str:
         return f"handles d_latent 512, got {p.d_latent}"
     if p.page_size % _BOX:
         return f"loads {_BOX} tokens of a page and more at once, got pages of {p.page_size}"
-    return "" if p.aligned else f"loads rows at multiples of {ALIGNMENT} bytes only, kv_cache has others"
+    return "" if p.aligned else f"loads rows one after the other at multiples of {ALIGNMENT} bytes, kv_cache has others"
 
 
 ALIGNMENT = 16

@@ -71,11 +71,15 @@ def config(measured: Sequence[Measured], backend: str, options: Sequence[Any]) -
     return options[0]
 
 
+_OF_SIZE = frozenset({"ctas", "group_m", "num_programs", "parts", "raster"})
+"""Fields that follow from the problem's size: they do not tell one tile from another."""
+
+
 def _alike(a, b) -> float:
-    """The fraction of equal fields."""
+    """The fraction of equal fields, but for those that follow from the size."""
     if type(a) is not type(b):
         return 0.0
     if a is None:
         return 1.0
-    pairs = list(zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True))
-    return sum(x == y for x, y in pairs) / len(pairs)
+    names = [f.name for f in dataclasses.fields(a) if f.name not in _OF_SIZE]
+    return sum(getattr(a, n) == getattr(b, n) for n in names) / len(names)
