@@ -24,8 +24,8 @@ def rows(name: str) -> list[list[str]]:
 
 
 def test_the_page_holds_the_scripts_figures(monkeypatch):
-    """Those of the smallest size again; the last digit may differ between processors, and what fp32 rounds away with the
-    order of the sum, which every instruction set has its own of."""
+    """Those of the smallest size again; the last digit may differ between processors, and what fp32 rounds away with
+    the order of the sum, of which every instruction set has its own."""
     monkeypatch.setattr(numerics, "KS", (128,))
     header, _, *stored = rows("matmul")
     assert len(stored) == 6 and len(header) == 8
