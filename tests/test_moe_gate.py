@@ -80,6 +80,14 @@ def test_ties_go_to_the_lower_index(backend, score):
     assert indices.tolist() == [[0, 1, 2, 3, 4], [1, 2, 4, 7, 0], [4, 5, 6, 7, 0]]
 
 
+def test_many_experts_as_good_as_the_last_chosen(backend):
+    """All equal; the best ones at multiples of 16; ever better ones: more than a kernel expects beyond a bound."""
+    e = torch.arange(320.0)
+    logits = torch.stack([torch.zeros(320), torch.where(e % 16 < 3, 1 + e / 320, -e / 320), e / 320])
+    _, indices = dk.moe_gate(logits, None, top_k=8)
+    assert indices.tolist() == logits.sort(dim=1, descending=True, stable=True)[1][:, :8].tolist()
+
+
 @pytest.mark.parametrize("biased", [True, False])
 def test_group_ties_go_to_the_lower_group(backend, biased):
     """Groups 0 and 2 tie for the second place: 0 takes it, though 2 would come first in any order of experts."""

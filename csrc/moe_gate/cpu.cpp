@@ -65,6 +65,7 @@ inline float from(const void* row, int64_t at) {
   return kDtype == Dtype::kFp16 ? from_fp16(bits) : from_bf16(bits);
 }
 
+constexpr int64_t kMostRanked = 64;  // the time that ranks take grows with the square
 constexpr float kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // rank[i] = how many of x[0 .. n) are greater than x[i], or equal and before it. Whole registers are read and written.
@@ -85,7 +86,8 @@ void ranks_of(const float* x, int64_t n, float* rank) {
 // The places of the top_k largest of x above -inf, best first, and how many there are; ties go to the lower place.
 //
 // Nothing here waits for the choice before it: 2 * top_k or more columns of x have a largest element each, the top_k-th
-// of these is a bound that top_k elements reach, and few others do; each of those finds its rank among them.
+// of these is a bound that top_k elements reach, and few others do; each of those finds its rank among them. Many reach
+// it where they are equal, or the best lie in few columns: those take their places one after the other.
 int choose(const float* x, int64_t n, int top_k, float* room, int64_t* places) {
   const int64_t width = (2 * top_k + kLanes - 1) / kLanes * kLanes;
   float *peaks = room, *rank = room + width, *value = rank + n + 64;
@@ -114,6 +116,19 @@ int choose(const float* x, int64_t n, int top_k, float* room, int64_t* places) {
       place[found] = int32_t(begin + __builtin_ctzll(reach));
       value[found] = x[place[found]];
     }
+  }
+  if (found > kMostRanked) {
+    float* best = peaks;
+    int count = 0;
+    for (int64_t i = 0; i < found; ++i) {
+      int at = count;
+      while (at > 0 && value[i] > best[at - 1]) --at;
+      if (at == top_k) continue;
+      if (count < top_k) ++count;
+      for (int k = count - 1; k > at; --k) best[k] = best[k - 1], places[k] = places[k - 1];
+      best[at] = value[i], places[at] = place[i];
+    }
+    return count;
   }
   ranks_of(value, found, rank);
   for (int64_t i = 0; i < found; ++i) {
